@@ -1,0 +1,187 @@
+#include "heed/exec/attend.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include "heed/base/threads.h"
+#include "heed/exec/rows.h"
+#include "heed/exec/traverse.h"
+
+namespace heed {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Calls with few rows are cut along the columns as well: splits of this many chunks, so that two
+// threads can share one decode step. A function of shapes alone.
+constexpr Index few_rows = 256, split_chunks = 8;
+// Query heads that share keys are stacked while all their rows fit in one sub-block.
+constexpr Index stacked_rows = 48;
+
+// The work of a plan: (lane, row block, split), the blocks with the most columns first.
+struct Units {
+  Index heads = 1;   // stacked
+  Index lanes = 0;   // per batch and head (or KV head when stacked)
+  Index blocks = 0, splits = 1;
+  Index count() const { return lanes * blocks * splits; }
+};
+
+Units units_of(const Plan& plan) {
+  const Problem& p = plan.problem;
+  Units u;
+  const bool stack = plan.lanes == Lanes::per_kv_head && plan.rows_per_head() * p.group() <= stacked_rows;
+  u.heads = stack ? p.group() : 1;
+  u.lanes = p.B * p.Hq / u.heads;
+  u.blocks = std::max<Index>(0, static_cast<Index>(plan.cuts.size()) - 1);
+  if (plan.rows_per_head() <= few_rows) {
+    Index chunks = 0;
+    for (const Source& s : plan.sources) chunks += ceil_div(s.views.empty() ? 0 : s.views[0].columns, chunk_columns);
+    u.splits = std::max<Index>(1, ceil_div(chunks, split_chunks));
+  }
+  return u;
+}
+
+RowBlock block_of(const Plan& plan, const Units& u, Index lane, Index cut) {
+  const Problem& p = plan.problem;
+  RowBlock block;
+  const Index per_batch = p.Hq / u.heads;
+  block.b = lane / per_batch;
+  block.head = lane % per_batch * u.heads;
+  block.kv_head = block.head / p.group();
+  block.first = plan.cuts[static_cast<size_t>(cut)];
+  block.rows = plan.cuts[static_cast<size_t>(cut) + 1] - block.first;
+  block.position0 = p.position(0);
+  if (!plan.row_tokens.empty())
+    block.tokens = plan.row_tokens[static_cast<size_t>(plan.lanes == Lanes::per_query_head
+                                                           ? block.b * p.Hq + block.head
+                                                           : block.b * p.Hk + block.kv_head)]
+                       .data();
+  return block;
+}
+
+// o = acc / l and lse = m + ln l, with the head's sink in the denominator.
+void finish(const Plan& plan, const Rows& rows, const PanelLayout& layout, const AttendTarget& target) {
+  constexpr double ln2 = 0.6931471805599453;
+  const RowBlock& block = rows.block;
+  for (Index i = 0; i < rows.count(); ++i) {
+    const Index head = rows.head_of(i), row = block.first + rows.row_of(i);
+    double m = static_cast<double>(rows.m[i]) * ln2, l = static_cast<double>(rows.l[i]);
+    float* o = target.o + block.b * target.stride_b + head * target.stride_h + row * target.stride_row;
+    double weight = l > 0 ? 1 / l : 0;
+    double lse = l > 0 ? m + std::log(l) : -std::numeric_limits<double>::infinity();
+    if (!plan.rule.sinks.empty()) {
+      const double sink = static_cast<double>(plan.rule.sinks[static_cast<size_t>(head)]);
+      const double most = std::max(lse, sink);
+      const double with = most + std::log(std::exp(lse - most) + std::exp(sink - most));
+      weight *= l > 0 ? std::exp(lse - with) : 0;
+      lse = with;
+    }
+    const float w = static_cast<float>(weight);
+    const float* acc = rows.acc + i * layout.dvp;
+    for (Index e = 0; e < layout.dv; ++e) o[e] = acc[e] * w;
+    if (target.lse != nullptr)
+      target.lse[(block.b * plan.problem.Hq + head) * plan.rows_per_head() + row] = static_cast<float>(lse);
+  }
+}
+
+// One thread's tally, on cache lines of its own.
+struct alignas(128) Tally {
+  AttendStats stats;
+  double emit_s = 0;
+};
+
+}  // namespace
+
+AttendStats& AttendStats::operator+=(const AttendStats& o) {
+  tiles_planned += o.tiles_planned, tiles_visited += o.tiles_visited, panels_visited += o.panels_visited;
+  pairs += o.pairs, pairs_computed += o.pairs_computed;
+  scratch_bytes = std::max(scratch_bytes, o.scratch_bytes);
+  plan_s += o.plan_s, attend_s += o.attend_s;
+  return *this;
+}
+
+Index dense_pairs(const Problem& p) {
+  if (!p.causal) return p.B * p.Hq * p.N * p.M;
+  const Index first = p.M - p.N + 1;  // keys of the first query
+  return p.B * p.Hq * (p.N * first + p.N * (p.N - 1) / 2);
+}
+
+AttendStats attend(const Plan& plan, const AttendTarget& target) {
+  const double start = now();
+  const Units u = units_of(plan);
+  const PanelLayout& layout = plan.sources.at(0).layout;
+  std::vector<Tally> tallies(static_cast<size_t>(threads()));
+
+  // Splits leave their state here; the first split's is the row's own.
+  struct Part {
+    float *m, *l, *acc;
+  };
+  Scratch& shared = thread_scratch();
+  const Scratch::Mark shared_mark(shared);
+  const Index widest = plan.rows_per_head() * u.heads;
+  const Index partials = u.splits > 1 ? u.count() : 0;
+  const auto parts = shared.take<Part>(partials);
+  if (u.splits > 1) {
+    float* memory = shared.take<float>(u.lanes * u.splits * widest * (layout.dvp + 2)).data();
+    for (Index lane = 0; lane < u.lanes; ++lane)
+      for (Index split = 0; split < u.splits; ++split)
+        for (Index cut = 0; cut < u.blocks; ++cut) {
+          const Index rows = (plan.cuts[static_cast<size_t>(cut) + 1] - plan.cuts[static_cast<size_t>(cut)]) * u.heads;
+          parts[static_cast<size_t>((lane * u.blocks + cut) * u.splits + split)] = {memory, memory + rows, memory + 2 * rows};
+          memory += rows * (layout.dvp + 2);
+        }
+  }
+
+  parallel_for(u.count(), [&](Index unit, int thread) {
+    // Later blocks see more columns when causal, so they go first; splits of a block side by side.
+    const Index split = unit % u.splits, lane = unit / u.splits % u.lanes;
+    const Index cut = u.blocks - 1 - unit / u.splits / u.lanes;
+    Tally& tally = tallies[static_cast<size_t>(thread)];
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    const RowBlock block = block_of(plan, u, lane, cut);
+
+    const double emit_start = now();
+    thread_local std::vector<Tile> reused;
+    Tiles tiles(scratch, reused);
+    plan.emit(block, tiles);
+    tally.emit_s += now() - emit_start;
+    if (split == 0) tally.stats.tiles_planned += static_cast<Index>(tiles.list().size());
+
+    Rows rows = load_rows(plan, block, u.heads, layout, scratch);
+    if (u.splits > 1) {
+      const Part& part = parts[static_cast<size_t>((lane * u.blocks + cut) * u.splits + split)];
+      std::copy_n(rows.m, rows.count(), part.m);
+      std::copy_n(rows.l, rows.count(), part.l);
+      std::copy_n(rows.acc, rows.count() * layout.dvp, part.acc);
+      rows.m = part.m, rows.l = part.l, rows.acc = part.acc;
+    }
+    Traversal traversal(plan, scratch);
+    traversal.run(rows, tiles.list(), split, u.splits > 1 ? split_chunks : std::numeric_limits<Index>::max(), tally.stats);
+    if (u.splits == 1) finish(plan, rows, layout, target);
+  });
+
+  if (u.splits > 1)
+    for (Index unit = 0; unit < u.lanes * u.blocks; ++unit) {
+      const Part* part = &parts[static_cast<size_t>(unit * u.splits)];
+      Rows rows{.block = block_of(plan, u, unit / u.blocks, unit % u.blocks), .heads = u.heads};
+      rows.m = part->m, rows.l = part->l, rows.acc = part->acc;
+      for (Index split = 1; split < u.splits; ++split) merge_state(rows, part[split].m, part[split].l, part[split].acc, layout.dvp);
+      finish(plan, rows, layout, target);
+    }
+
+  AttendStats stats;
+  double emit_s = 0;
+  for (const Tally& t : tallies) stats += t.stats, emit_s += t.emit_s;
+  const double wall = now() - start;
+  stats.plan_s = std::min(wall, emit_s / static_cast<double>(std::max<Index>(1, std::min<Index>(threads(), u.count()))));
+  stats.attend_s = wall - stats.plan_s;
+  stats.scratch_bytes = scratch_bytes();
+  return stats;
+}
+
+}  // namespace heed

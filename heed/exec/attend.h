@@ -1,0 +1,43 @@
+// Carries out a plan: tile → column panel → row sub-block, with an online softmax.
+#pragma once
+
+#include "heed/plan/plan.h"
+
+namespace heed {
+
+/// What was done, counted where it was done.
+struct AttendStats {
+  Index tiles_planned = 0;   // tiles that emit gave
+  Index tiles_visited = 0;   // of those, tiles in which the kernel met at least one panel
+  Index panels_visited = 0;  // (row sub-block × 64-column panel) calls of the kernel
+  Index pairs = 0;           // (query row, key) pairs attended, summed over heads
+  Index pairs_computed = 0;  // pairs whose product was computed, masked ones included
+  Index scratch_bytes = 0;   // scratch held by all threads afterwards
+  double plan_s = 0, attend_s = 0;  // wall seconds: deciding (emit included), and attending
+
+  AttendStats& operator+=(const AttendStats& other);
+};
+
+/// (query row, key) pairs of dense attention with the same causality, summed over heads.
+Index dense_pairs(const Problem& problem);
+
+/// o [B, Hq, R, Dv] and lse [B, Hq, R], where R = plan.rows_per_head(): row r of lane order. lse is
+/// the natural log of the sum of exp(score), log-weights and sinks included; a row without keys
+/// gives zeros and -inf. o may have any strides with unit last stride; lse may be null.
+/// The same bits for any number of threads. Does not allocate inside the loop.
+struct AttendTarget {
+  float* o = nullptr;
+  Index stride_b = 0, stride_h = 0, stride_row = 0;  // elements
+  float* lse = nullptr;                              // [B, Hq, R] contiguous
+};
+AttendStats attend(const Plan& plan, const AttendTarget& target);
+
+/// The plan walked without arithmetic: visits every tile of every row block, in order, from one
+/// thread. `heads` of a block that share its tiles are visited once.
+void walk(const Plan& plan, const std::function<void(const RowBlock&, const std::vector<Tile>&)>& visit);
+
+/// True when row `rank` of the block sees column `rank_c` of the tile (mask, visible interval and
+/// the source's own bits together). For pictures and probes; the executor works on intervals.
+bool sees(const Plan& plan, const RowBlock& rows, const Tile& tile, Index row_rank, Index column_rank);
+
+}  // namespace heed

@@ -1,0 +1,103 @@
+#include "heed/exec/gather.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace heed {
+namespace {
+
+// One column from a packed source to column `to` of another.
+template <class T>
+void copy_column(const PanelLayout& layout, const SourceView& view, Index column, T* keys, T* values, Index to) {
+  constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
+  const T* k = static_cast<const T*>(view.keys) + layout.key_offset(column, 0);
+  T* k_out = keys + layout.key_offset(to, 0);
+  for (Index f = 0; f < layout.dp; f += pair) {
+    for (Index i = 0; i < pair; ++i) k_out[i] = k[i];
+    k += panel_columns * pair, k_out += panel_columns * pair;
+  }
+  const T* v = static_cast<const T*>(view.values) + layout.value_offset(column, 0);
+  T* v_out = values + layout.value_offset(to, 0);
+  for (Index e = 0; e < layout.dvp; ++e) v_out[e * pair] = v[e * pair];
+}
+
+template <class T>
+void gather(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from, Index count,
+            Scratch& scratch, SourceView& piece) {
+  const Index padded = round_up(count, panel_columns);
+  T* keys = scratch.take<T>(layout.key_elements(padded)).data();
+  T* values = scratch.take<T>(layout.value_elements(padded)).data();
+  // Columns beyond the list have weight zero, but zero times leftover infinity would be NaN.
+  const Index tail = padded - panel_columns;
+  if (count != padded) {
+    std::fill_n(keys + layout.key_elements(tail), layout.panel_elements(), T{});
+    std::fill_n(values + tail * layout.dvp, panel_columns * layout.dvp, T{});
+  }
+  for (Index i = 0; i < count; ++i) copy_column(layout, view, columns[from + i], keys, values, i);
+  piece.keys = keys, piece.values = values;
+}
+
+}  // namespace
+
+SourceView gather_columns(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from, Index count,
+                          Scratch& scratch) {
+  SourceView piece;
+  piece.columns = count;
+  if (layout.dtype == DType::bf16)
+    gather<bf16>(layout, view, columns, from, count, scratch, piece);
+  else
+    gather<float>(layout, view, columns, from, count, scratch, piece);
+  if (view.log_weight != nullptr) {
+    float* w = scratch.take<float>(count).data();
+    for (Index i = 0; i < count; ++i) w[i] = view.log_weight[columns[from + i]];
+    piece.log_weight = w;
+  }
+  std::int32_t* position = scratch.take<std::int32_t>(count).data();
+  for (Index i = 0; i < count; ++i) {
+    const Index column = columns[from + i];
+    position[i] = view.position == nullptr ? static_cast<std::int32_t>(column) : view.position[column];
+  }
+  piece.position = position;
+  if (view.visible != nullptr) {
+    std::uint64_t* visible = scratch.take<std::uint64_t>(chunk_columns / 64).data();
+    std::fill_n(visible, chunk_columns / 64, 0);
+    for (Index i = 0; i < count; ++i) {
+      const Index column = columns[from + i];
+      visible[i / 64] |= ((view.visible[column / 64] >> (column % 64)) & 1) << (i % 64);
+    }
+    piece.visible = visible;
+  }
+  return piece;
+}
+
+void fill_addend(const Plan& plan, const Rows& rows, Index row_rank, const Tile& tile, const SourceView& view, Index first,
+                 Index origin, Index count, float* out) {
+  const Rule& rule = plan.rule;
+  const Index begin = std::max<Index>(first, origin), end = std::min(first + count, origin + view.columns);
+  std::fill_n(out, count, 0.0f);
+  const auto position = [&](Index rank) -> Index {
+    const Index column = rank - origin;
+    return view.position == nullptr ? column : view.position[column];
+  };
+  const Index head = rows.head_of(row_rank), row = rows.row_of(row_rank);
+  if (view.log_weight != nullptr)
+    for (Index r = begin; r < end; ++r) out[r - first] = view.log_weight[r - origin];
+  if (!rule.alibi.empty()) {
+    const float slope = rule.alibi[static_cast<size_t>(head)];
+    const Index p = rows.block.position(row);
+    for (Index r = begin; r < end; ++r) out[r - first] += slope * static_cast<float>(position(r) - p);
+  }
+  // A bias belongs to pairs of input tokens, so only the input itself has one.
+  if (!rule.bias.empty() && tile.source == 0) {
+    const TensorView& bias = rule.bias;
+    const Index b = bias.shape[0] == 1 ? 0 : rows.block.b, h = bias.shape[1] == 1 ? 0 : head;
+    const Index token = rows.block.token(row);
+    for (Index r = begin; r < end; ++r) {
+      float x;
+      read_f32(bias.at({b, h, token, position(r)}), bias.dtype, 1, 1, &x);
+      out[r - first] += x;
+    }
+  }
+}
+
+}  // namespace heed

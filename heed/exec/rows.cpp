@@ -1,0 +1,48 @@
+#include "heed/exec/rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace heed {
+
+Rows load_rows(const Plan& plan, const RowBlock& block, Index heads, const PanelLayout& layout, Scratch& scratch) {
+  Rows rows{.block = block, .heads = heads};
+  const Index count = rows.count(), dp = layout.dp, d = layout.d;
+  rows.m = scratch.take<float>(count).data();
+  rows.l = scratch.take<float>(count).data();
+  rows.acc = scratch.take<float>(count * layout.dvp).data();
+  std::fill_n(rows.m, count, -std::numeric_limits<float>::infinity());
+  std::fill_n(rows.l, count, 0.0f);
+  std::fill_n(rows.acc, count * layout.dvp, 0.0f);
+
+  const auto token = [&](Index rank) { return block.token(rows.row_of(rank)); };
+  if (layout.dtype == DType::f32) {
+    float* q = scratch.take<float>(count * dp).data();
+    for (Index i = 0; i < count; ++i) plan.queries.read(block.b, rows.head_of(i), token(i), q + i * dp);
+    rows.q = q;
+    return rows;
+  }
+  bf16* q = scratch.take<bf16>(count * dp).data();
+  float* wide = scratch.take<float>(d).data();
+  for (Index i = 0; i < count; ++i) {
+    plan.queries.read(block.b, rows.head_of(i), token(i), wide);
+    kernels().round_bf16(wide, d, q + i * dp);
+    std::fill(q + i * dp + d, q + (i + 1) * dp, bf16{});
+  }
+  rows.q = q;
+  return rows;
+}
+
+void merge_state(Rows& a, const float* m, const float* l, const float* acc, Index dvp) {
+  for (Index i = 0; i < a.count(); ++i) {
+    if (std::isinf(m[i])) continue;  // saw nothing
+    const float most = std::max(a.m[i], m[i]);
+    const float ours = std::isinf(a.m[i]) ? 0 : std::exp2(a.m[i] - most), theirs = std::exp2(m[i] - most);
+    for (Index e = 0; e < dvp; ++e) a.acc[i * dvp + e] = a.acc[i * dvp + e] * ours + acc[i * dvp + e] * theirs;
+    a.l[i] = a.l[i] * ours + l[i] * theirs;
+    a.m[i] = most;
+  }
+}
+
+}  // namespace heed

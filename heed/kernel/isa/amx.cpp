@@ -1,0 +1,3 @@
+#define HEED_ISA amx
+#define HEED_TILES
+#include "heed/kernel/isa/table.h"

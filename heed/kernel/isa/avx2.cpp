@@ -1,0 +1,2 @@
+#define HEED_ISA avx2
+#include "heed/kernel/isa/table.h"

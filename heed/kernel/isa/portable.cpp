@@ -1,0 +1,2 @@
+#define HEED_ISA portable
+#include "heed/kernel/isa/table.h"

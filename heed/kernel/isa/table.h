@@ -1,0 +1,55 @@
+// Builds one instruction set's table. A translation unit defines HEED_ISA (the namespace's and the
+// table's name) and includes this file; its compiler flags decide what vec.h and product.h become.
+// Nothing here uses the standard library's templates: an inline function compiled for a wide
+// instruction set must not become the copy that the linker keeps for everyone.
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "heed/kernel/kernels.h"
+
+#define HEED_TEXT_OF(name) #name
+#define HEED_NAME_OF(name) HEED_TEXT_OF(name)
+
+namespace heed::HEED_ISA {
+
+#include "heed/kernel/isa/vec.h"
+#include "heed/kernel/isa/product.h"
+
+#include "heed/kernel/isa/attend.h"
+#include "heed/kernel/isa/gemm.h"
+
+#if defined(HEED_TILES) || defined(__AVX512BF16__)
+inline constexpr bool has_bf16_product = true;
+#define bf16_kernel(f) f
+#else
+inline constexpr bool has_bf16_product = false;
+#define bf16_kernel(f) nullptr
+#endif
+
+extern const Kernels table;
+const Kernels table = {
+    .name = HEED_NAME_OF(HEED_ISA),
+    .bf16_dot = has_bf16_product,
+#if defined(HEED_TILES)
+    .key_step = 32,
+#else
+    .key_step = 2,
+#endif
+    .row_step = has_bf16_product ? group_rows<bf16> : group_rows<float>,
+    .attend_f32 = attend_rows<float>,
+    .attend_bf16 = bf16_kernel(attend_rows<bf16>),
+    .gemm_f32 = gemm<float>,
+    .gemm_bf16 = bf16_kernel(gemm<bf16>),
+    .pack_keys_f32 = pack_keys_f32,
+    .pack_keys_bf16 = pack_keys_bf16,
+    .round_bf16 = round_bf16,
+    .rms_norm = rms_norm,
+    .silu_mul = silu_mul,
+    .gelu_mul = gelu_mul,
+    .log_sum_exp = log_sum_exp,
+    .dot = dot,
+};
+
+}  // namespace heed::HEED_ISA

@@ -1,0 +1,85 @@
+// The kernels: one table of functions per instruction set, chosen once at start-up.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "heed/base/types.h"
+#include "heed/kernel/panels.h"
+
+namespace heed {
+
+/// Some rows of a block meet a run of packed columns: scores, online softmax, weighted values.
+struct PanelTask {
+  // Rows: ranks in the block; `row_list` or, when null, first_row … first_row + rows - 1.
+  const std::int32_t* row_list = nullptr;
+  Index first_row = 0, rows = 0;
+  // The block's queries [·, dp] in the arithmetic type, and its softmax state: per row the
+  // reference maximum m (base 2, -inf = nothing seen), the sum l, and acc [·, dvp] = Σ p·v.
+  const void* q = nullptr;
+  float *m = nullptr, *l = nullptr, *acc = nullptr;
+  // Columns: `panels` (1 … 4) consecutive panels of one source.
+  PanelLayout layout;
+  const void *k = nullptr, *v = nullptr;
+  Index panels = 0;
+  // Visibility: null = everything, else bit c of words[r·4 + p] says that row r (rank in this
+  // task) sees column c of panel p.
+  const std::uint64_t* words = nullptr;
+  // The rule: score = softcap(scale · q·k) + add, natural units. softcap = 0: none. add is null or
+  // [rows or 1][panels·64] with row stride add_stride (0: one row for all), -inf allowed.
+  float scale = 1, softcap = 0;
+  const float* add = nullptr;
+  Index add_stride = 0;
+  // gate >= 0: that column (rank in this task) is a landmark. Its score is added to every other
+  // visible column after their log-sum-exp was taken away; the column itself is not attended.
+  Index gate = -1;
+};
+
+struct Kernels {
+  const char* name;
+  bool bf16_dot;       // bf16 panels are multiplied as such; else bf16 means rounded f32
+  Index key_step;      // bf16: dp is a multiple of this
+  Index row_step;      // rows that one pass over a panel serves
+
+  void (*attend_f32)(const PanelTask&);
+  void (*attend_bf16)(const PanelTask&);
+
+  // C[m×n] = A[m×k]·B, or C += when accumulate. A: row-major, lda elements. B: panels of 64
+  // columns packed like keys (B[k×n] has n/64 panels, n rounded up). C: row-major, ldc elements,
+  // its rows must hold n rounded up to 16 columns.
+  void (*gemm_f32)(Index m, Index n, Index k, const float* a, Index lda, const float* b, float* c, Index ldc,
+                   bool accumulate);
+  void (*gemm_bf16)(Index m, Index n, Index k, const bf16* a, Index lda, const bf16* b, float* c, Index ldc,
+                    bool accumulate);
+
+  // Packs `columns` (1 … 64) rows of x [columns, d] (f32, stride ldx) as one key panel; columns
+  // and features beyond are zero. d_padded: the layout's dp.
+  void (*pack_keys_f32)(const float* x, Index ldx, Index columns, Index d, Index d_padded, float* panel);
+  void (*pack_keys_bf16)(const float* x, Index ldx, Index columns, Index d, Index d_padded, bf16* panel);
+
+  // Rounds n floats to bf16, nearest even.
+  void (*round_bf16)(const float* x, Index n, bf16* out);
+
+  // Rows of models; n elements each.
+  void (*rms_norm)(const float* x, const float* weight, Index n, float eps, float* out);
+  void (*silu_mul)(const float* gate, const float* up, Index n, float* out);  // silu(gate)·up
+  void (*gelu_mul)(const float* gate, const float* up, Index n, float* out);  // tanh-gelu(gate)·up
+  // Folds n scores into a running (maximum, sum of exp(x - maximum)), natural units.
+  void (*log_sum_exp)(const float* x, Index n, float& maximum, float& sum);
+  float (*dot)(const float* a, const float* b, Index n);
+};
+
+/// The instruction sets that this build holds and this machine can run, best first by default rule.
+std::vector<std::string> available_isas();
+
+/// The table in use. Chosen at first use: HEED_ISA where it is set, else the best that has been
+/// proven on such a machine. Throws UsageError for an unknown or absent HEED_ISA, listing those present.
+const Kernels& kernels();
+
+/// Switches to another table (tests run every one). Throws UsageError as above.
+void select_isa(const std::string& name);
+
+/// The storage of packed keys and values under the current kernels.
+PanelLayout panel_layout(DType arithmetic, Index d, Index dv);
+
+}  // namespace heed

@@ -1,0 +1,173 @@
+#include "heed/mechanism/attend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <memory>
+
+#include "heed/base/threads.h"
+
+namespace heed {
+namespace {
+
+bool real(DType t) { return t == DType::f32 || t == DType::f16 || t == DType::bf16; }
+
+// NaN or infinity anywhere would silently spoil whole rows, so it is refused. -inf may be allowed.
+void check_finite(const TensorView& x, const std::string& name, bool allow_minus_infinity) {
+  if (!real(x.dtype)) return;
+  Shape shape = x.shape, stride = x.stride;
+  while (shape.size() < 4) shape.insert(shape.begin(), 1), stride.insert(stride.begin(), 0);
+  const Index outer = shape[0] * shape[1] * shape[2], inner = shape[3];
+  parallel_for(ceil_div(outer, 256), [&](Index unit, int) {
+    std::vector<float> row(static_cast<size_t>(inner));
+    for (Index i = unit * 256; i < std::min(outer, (unit + 1) * 256); ++i) {
+      const Index a = i / shape[2] / shape[1], b = i / shape[2] % shape[1], c = i % shape[2];
+      const auto* p = static_cast<const std::byte*>(x.data) + (a * stride[0] + b * stride[1] + c * stride[2]) * size_of(x.dtype);
+      read_f32(p, x.dtype, stride[3], inner, row.data());
+      for (float v : row)
+        if (!std::isfinite(v) && !(allow_minus_infinity && std::isinf(v) && v < 0))
+          fail("{}: holds {}, expected finite values{}", name, v, allow_minus_infinity ? " or -inf" : "");
+    }
+  });
+}
+
+void check_rank(const TensorView& x, const char* name, const char* axes) {
+  if (!real(x.dtype)) fail("{}: dtype = {}, expected f32, f16 or bf16", name, name_of(x.dtype));
+  if (x.rank() != 4) fail("{}: shape = {}, expected {}", name, to_string(x.shape), axes);
+}
+
+Problem check_tensors(const AttendInput& in) {
+  check_rank(in.q, "q", "[B, Hq, N, D]");
+  check_rank(in.k, "k", "[B, Hk, M, D]");
+  check_rank(in.v, "v", "[B, Hk, M, Dv]");
+  Problem p;
+  p.B = in.q.shape[0], p.Hq = in.q.shape[1], p.N = in.q.shape[2], p.D = in.q.shape[3];
+  p.Hk = in.k.shape[1], p.M = in.k.shape[2], p.Dv = in.v.shape[3];
+  const auto positive = [](const TensorView& x, const char* name) {
+    for (Index extent : x.shape)
+      if (extent < 1) fail("{}: shape = {}, expected every extent >= 1", name, to_string(x.shape));
+  };
+  positive(in.q, "q"), positive(in.k, "k"), positive(in.v, "v");
+  if (in.k.shape != Shape{p.B, p.Hk, p.M, p.D})
+    fail("k: shape = {}, expected [{}, Hk, M, {}] as q = {} says", to_string(in.k.shape), p.B, p.D, to_string(in.q.shape));
+  if (in.v.shape != Shape{p.B, p.Hk, p.M, p.Dv})
+    fail("v: shape = {}, expected [{}, {}, {}, Dv] as k = {} says", to_string(in.v.shape), p.B, p.Hk, p.M, to_string(in.k.shape));
+  if (p.Hq % p.Hk != 0) fail("q: {} heads, expected a multiple of the {} heads of k", p.Hq, p.Hk);
+  constexpr Index most = 512;
+  if (p.D > most) fail("q: head size {}, expected 1 … {}", p.D, most);
+  if (p.Dv > most) fail("v: head size {}, expected 1 … {}", p.Dv, most);
+  return p;
+}
+
+Index extent_named(const std::string& axis, const Problem& p) {
+  if (axis == "B") return p.B;
+  if (axis == "Hq") return p.Hq;
+  if (axis == "Hk") return p.Hk;
+  if (axis == "N") return p.N;
+  if (axis == "M") return p.M;
+  if (axis == "D") return p.D;
+  if (axis == "Dv") return p.Dv;
+  if (axis == "*") return -1;
+  return std::stoll(axis);
+}
+
+bool axis_matches(const std::string& axis, Index extent, const Problem& p) {
+  for (size_t at = 0; at <= axis.size();) {
+    const size_t bar = std::min(axis.find('|', at), axis.size());
+    const Index expected = extent_named(axis.substr(at, bar - at), p);
+    if (expected < 0 || expected == extent) return true;
+    at = bar + 1;
+  }
+  return false;
+}
+
+void check_extras(const Mechanism& m, const AttendInput& in, const Problem& p) {
+  std::vector<std::string> known;
+  for (const ExtraSpec& e : m.extras) known.push_back(e.name);
+  for (const auto& [name, x] : in.extra) {
+    const auto spec = std::find_if(m.extras.begin(), m.extras.end(), [&, n = name](const ExtraSpec& e) { return e.name == n; });
+    if (spec == m.extras.end()) {
+      if (known.empty()) fail("{}: tensor {} is not one it reads, expected no extra tensors", m.name, name);
+      fail("{}: tensor {} is not one it reads, expected {}", m.name, name, fmt::join(known, ", "));
+    }
+    if (std::find(spec->dtypes.begin(), spec->dtypes.end(), x.dtype) == spec->dtypes.end()) {
+      std::vector<std::string_view> names;
+      for (DType t : spec->dtypes) names.push_back(name_of(t));
+      fail("{}: dtype = {}, expected {}", name, name_of(x.dtype), fmt::join(names, " or "));
+    }
+    bool matches = x.rank() == static_cast<Index>(spec->axes.size());
+    for (size_t axis = 0; matches && axis < spec->axes.size(); ++axis) matches = axis_matches(spec->axes[axis], x.shape[axis], p);
+    if (!matches) fail("{}: shape = {}, expected [{}]", name, to_string(x.shape), fmt::join(spec->axes, ", "));
+    check_finite(x, name, name == "bias");
+  }
+  for (const ExtraSpec& e : m.extras)
+    if (e.required && in.extra.find(e.name) == in.extra.end())
+      fail("{}: tensor {} is missing, expected {}", m.name, e.name, e.help);
+}
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+bool resolve_causality(const Mechanism& m, bool asked) {
+  if (m.causality == Causality::refused && asked) fail_usage("{}: causal = true, expected false: it is not causal by definition", m.name);
+  return m.causality == Causality::implied || asked;
+}
+
+Plan plan_of(const MechanismCall& call, const AttendInput& in) {
+  const Mechanism& m = find_mechanism(call.name);
+  const Params params(m.name, m.params, call.params);
+  Problem p = check_tensors(in);
+  p.causal = resolve_causality(m, in.causal);
+  if (p.causal && p.N > p.M) fail("q: {} queries, expected at most the {} keys when causal", p.N, p.M);
+  if (m.square && p.N != p.M) fail("{}: {} queries and {} keys, expected as many of one as of the other", m.name, p.N, p.M);
+  if (in.arithmetic != DType::f32 && in.arithmetic != DType::bf16)
+    fail_usage("dtype = {}, expected f32 or bf16", name_of(in.arithmetic));
+  check_finite(in.q, "q", false), check_finite(in.k, "k", false), check_finite(in.v, "v", false);
+  check_extras(m, in, p);
+  const float scale = in.scale.value_or(1.0f / std::sqrt(static_cast<float>(p.D)));
+  if (!std::isfinite(scale)) fail_usage("scale = {}, expected a finite number", scale);
+
+  const auto kv = std::make_shared<KeyValues>(p.B * p.Hk, p.D, p.Dv, p.M, in.arithmetic);
+  // Heads of a batch lie `stride[1]` apart and batches `stride[0]`: append one batch's heads as one
+  // view where both agree, as they do for contiguous tensors.
+  const auto merged = [&](const TensorView& x) -> TensorView {
+    if (p.B > 1 && x.stride[0] != p.Hk * x.stride[1])
+      fail("strides = {}, expected batches to follow one another", to_string(x.stride));
+    return {x.data, x.dtype, {p.B * p.Hk, x.shape[2], x.shape[3]}, {x.stride[1], x.stride[2], x.stride[3]}};
+  };
+  kv->append(merged(in.k), merged(in.v));
+
+  Inputs inputs;
+  inputs.problem = p;
+  inputs.rule.scale = scale;
+  inputs.q = Queries(in.q, in.arithmetic);
+  inputs.kv = kv.get();
+  inputs.extra = in.extra;
+  Plan plan = m.plan(params, inputs);
+  plan.keep.push_back(kv);
+  return plan;
+}
+
+AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
+  const double start = now();
+  const Plan plan = plan_of(call, in);
+  const double planned = now() - start;
+  const Problem& p = plan.problem;
+  AttendOutput out;
+  out.o = Tensor(DType::f32, {p.B, p.Hq, p.N, p.Dv});
+  out.lse = Tensor(DType::f32, {p.B, p.Hq, p.N});
+  const AttendTarget target{out.o.as<float>(), p.Hq * p.N * p.Dv, p.N * p.Dv, p.Dv, out.lse.as<float>()};
+  out.stats = heed::attend(plan, target);
+  out.stats.plan_s += planned;
+  out.density = static_cast<double>(out.stats.pairs) / static_cast<double>(dense_pairs(p));
+  return out;
+}
+
+AttendOutput attend(std::string_view call, const AttendInput& in) { return attend(MechanismCall::parse(call), in); }
+
+}  // namespace heed

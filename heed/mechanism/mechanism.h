@@ -1,0 +1,69 @@
+// What every mechanism says of itself, and how it makes its plan.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "heed/base/tensor.h"
+#include "heed/mechanism/params.h"
+#include "heed/plan/plan.h"
+
+namespace heed {
+
+/// Whether the caller may say `causal`.
+enum class Causality : std::uint8_t { either, implied, refused };
+/// Whether a model must be trained with it.
+enum class Training : std::uint8_t { none, continued, required };
+
+/// An extra tensor that a mechanism reads. Axes are names of sizes (B Hq Hk N M D Dv), numbers,
+/// alternatives "B|1", or "*" for any.
+struct ExtraSpec {
+  std::string name;
+  std::vector<DType> dtypes;  // accepted; {f32, f16, bf16} for real-valued ones
+  std::vector<std::string> axes;
+  bool required = false;
+  std::string help;
+};
+
+/// What a plan is made from: checked sizes, queries, packed keys and values, extra tensors.
+struct Inputs {
+  Problem problem;
+  Rule rule;  // scale set
+  Queries q;
+  const KeyValues* kv = nullptr;  // heads = B · Hk
+  std::map<std::string, TensorView, std::less<>> extra;
+  /// nullptr when the caller did not give it.
+  const TensorView* find(std::string_view name) const {
+    const auto it = extra.find(name);
+    return it == extra.end() ? nullptr : &it->second;
+  }
+};
+
+struct Mechanism {
+  std::string name, title, paper;  // paper: "arXiv:2502.13189"
+  int year = 0;
+  std::string stage;               // "summarize, select, attend"
+  Training training = Training::none;
+  std::string idea;                // a few lines
+  std::string equations;           // plain text
+  std::string cost;                // one line
+  Causality causality = Causality::either;
+  bool square = false;             // M = N required
+  std::vector<ParamSpec> params;
+  std::vector<ExtraSpec> extras;
+  /// Why it cannot replace attention in a causal language model, or empty.
+  std::string not_on_models;
+  Plan (*plan)(const Params& params, const Inputs& in) = nullptr;
+};
+
+/// Every mechanism, in the order of the documentation.
+const std::vector<const Mechanism*>& mechanisms();
+
+/// Throws UsageError for an unknown name, with the nearest known ones.
+const Mechanism& find_mechanism(std::string_view name);
+
+}  // namespace heed

@@ -1,0 +1,27 @@
+#include "heed/mechanism/registry.h"
+
+#include <fmt/format.h>
+
+namespace heed {
+
+const std::vector<const Mechanism*>& mechanisms() {
+  using namespace mechanism;
+  static const std::vector<const Mechanism*> table{
+      &dense(),
+      &streaming(),
+      &moba(),
+      &power(),
+  };
+  return table;
+}
+
+const Mechanism& find_mechanism(std::string_view name) {
+  std::vector<std::string> known;
+  for (const Mechanism* m : mechanisms()) {
+    if (m->name == name) return *m;
+    known.push_back(m->name);
+  }
+  fail_usage("mechanism = {}, expected one of {}", name, fmt::join(known, ", "));
+}
+
+}  // namespace heed

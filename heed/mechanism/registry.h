@@ -1,0 +1,16 @@
+// The table of mechanisms: an explicit list, as a self-registering global would vanish from a
+// static library. A new mechanism is one file and one line in registry.cpp.
+#pragma once
+
+#include <algorithm>
+
+#include "heed/mechanism/mechanism.h"
+
+namespace heed::mechanism {
+
+const Mechanism& dense();
+const Mechanism& streaming();
+const Mechanism& moba();
+const Mechanism& power();
+
+}  // namespace heed::mechanism

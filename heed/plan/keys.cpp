@@ -1,0 +1,163 @@
+#include "heed/plan/keys.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+
+#include "heed/base/error.h"
+#include "heed/base/scratch.h"
+#include "heed/base/threads.h"
+#include "heed/kernel/kernels.h"
+
+namespace heed {
+namespace {
+
+// Anonymous pages: zero, and costing nothing until a token is written there.
+std::byte* reserve(Index bytes) {
+  void* p = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<std::byte*>(p);
+}
+
+}  // namespace
+
+void KeyValues::Free::operator()(std::byte* p) const { munmap(p, static_cast<size_t>(bytes)); }
+
+KeyValues::KeyValues(Index heads, Index d, Index dv, Index capacity, DType arithmetic)
+    : heads_(heads), capacity_(capacity), arithmetic_(arithmetic), layout_(panel_layout(arithmetic, d, dv)) {
+  const Index element = size_of(layout_.dtype), rows = round_up(std::max<Index>(capacity, 1), panel_columns);
+  head_bytes_k_ = layout_.key_elements(rows) * element;
+  head_bytes_v_ = layout_.value_elements(rows) * element;
+  const Index k = std::max<Index>(1, heads * head_bytes_k_), v = std::max<Index>(1, heads * head_bytes_v_);
+  memory_k_ = {reserve(k), Free{k}};
+  memory_v_ = {reserve(v), Free{v}};
+}
+
+Index KeyValues::bytes() const {
+  Index sum = heads_ * (layout_.key_elements(size_) + layout_.value_elements(size_)) * size_of(layout_.dtype);
+  for (const auto& [block, sums] : sums_) sum += static_cast<Index>(sums.sums.size() * sizeof(float));
+  return sum;
+}
+
+const void* KeyValues::keys(Index head) const { return memory_k_.get() + head * head_bytes_k_; }
+const void* KeyValues::values(Index head) const { return memory_v_.get() + head * head_bytes_v_; }
+
+void KeyValues::append(const TensorView& k, const TensorView& v) {
+  const Index n = k.shape.at(1), begin = size_, end = size_ + n;
+  if (end > capacity_) fail("tokens = {}, expected at most {} (the capacity of the key-value cache)", end, capacity_);
+  const bool paired = layout_.dtype == DType::bf16, rounded = arithmetic_ == DType::bf16;
+  const Kernels& kernel = kernels();
+  const Index first_panel = begin / panel_columns, panels = n == 0 ? 0 : ceil_div(end, panel_columns) - first_panel;
+
+  parallel_for(heads_ * panels, [&](Index unit, int) {
+    const Index head = unit / panels, panel = first_panel + unit % panels;
+    const Index from = std::max(begin, panel * panel_columns), to = std::min(end, (panel + 1) * panel_columns);
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    const Index d = layout_.d, dv = layout_.dv, dvp = layout_.dvp;
+    float* rows = scratch.take<float>(panel_columns * std::max(d, dv)).data();
+    auto* keys = memory_k_.get() + head * head_bytes_k_;
+    auto* values = memory_v_.get() + head * head_bytes_v_;
+
+    const auto fetch = [&](const TensorView& x, Index width) {
+      for (Index t = from; t < to; ++t) {
+        float* row = rows + (t - from) * width;
+        read_f32(x.at({head, t - begin}), x.dtype, x.stride[2], width, row);
+        if (rounded && !paired)
+          for (Index i = 0; i < width; ++i) row[i] = round_to_bf16(row[i]);
+      }
+    };
+
+    fetch(k, d);
+    if (from % panel_columns == 0) {  // a fresh panel, padding included
+      const Index offset = panel * layout_.panel_elements();
+      if (paired)
+        kernel.pack_keys_bf16(rows, d, to - from, d, layout_.dp, reinterpret_cast<bf16*>(keys) + offset);
+      else
+        kernel.pack_keys_f32(rows, d, to - from, d, layout_.dp, reinterpret_cast<float*>(keys) + offset);
+    } else {
+      for (Index t = from; t < to; ++t)
+        for (Index i = 0; i < d; ++i) {
+          const float x = rows[(t - from) * d + i];
+          if (paired)
+            reinterpret_cast<bf16*>(keys)[layout_.key_offset(t, i)] = to_bf16(x);
+          else
+            reinterpret_cast<float*>(keys)[layout_.key_offset(t, i)] = x;
+        }
+    }
+    fetch(v, dv);
+    for (Index t = from; t < to; ++t) {
+      const float* row = rows + (t - from) * dv;
+      if (paired) {
+        bf16* out = reinterpret_cast<bf16*>(values) + t / 2 * dvp * 2 + t % 2;
+        for (Index e = 0; e < dv; ++e) out[2 * e] = to_bf16(row[e]);
+      } else {
+        std::copy(row, row + dv, reinterpret_cast<float*>(values) + t * dvp);
+      }
+    }
+  });
+  size_ = end;
+}
+
+void KeyValues::truncate(Index size) {
+  size_ = std::min(size_, std::max<Index>(size, 0));
+  for (auto& [block, sums] : sums_) sums.complete = std::min(sums.complete, size_ / block);
+}
+
+void KeyValues::read_key(Index head, Index token, float* out) const {
+  for (Index i = 0; i < layout_.d; ++i) {
+    const Index at = layout_.key_offset(token, i);
+    out[i] = layout_.dtype == DType::f32 ? static_cast<const float*>(keys(head))[at]
+                                         : to_f32(static_cast<const bf16*>(keys(head))[at]);
+  }
+}
+
+void KeyValues::read_value(Index head, Index token, float* out) const {
+  for (Index e = 0; e < layout_.dv; ++e) {
+    const Index at = layout_.value_offset(token, e);
+    out[e] = layout_.dtype == DType::f32 ? static_cast<const float*>(values(head))[at]
+                                         : to_f32(static_cast<const bf16*>(values(head))[at]);
+  }
+}
+
+void KeyValues::sum_keys(Index head, Index begin, Index end, float* sum) const {
+  for (Index from = begin; from < end;) {
+    const Index to = std::min(end, round_up(from + 1, panel_columns)), count = to - from;
+    for (Index i = 0; i < layout_.d; ++i) {
+      const Index at = layout_.key_offset(from, i);
+      float total = 0;  // the columns of a feature lie side by side (every other one in bf16)
+      if (layout_.dtype == DType::f32) {
+        const float* p = static_cast<const float*>(keys(head)) + at;
+        for (Index c = 0; c < count; ++c) total += p[c];
+      } else {
+        const bf16* p = static_cast<const bf16*>(keys(head)) + at;
+        for (Index c = 0; c < count; ++c) total += to_f32(p[2 * c]);
+      }
+      sum[i] += total;
+    }
+    from = to;
+  }
+}
+
+const BlockSums& KeyValues::block_sums(Index block) const {
+  BlockSums& s = sums_[block];
+  const Index complete = size_ / block, d = layout_.d;
+  if (s.block == 0) {
+    s.block = block;
+    s.capacity = capacity_ / block;
+    s.sums.assign(static_cast<size_t>(heads_ * s.capacity * d), 0);
+  }
+  const Index fresh = complete - s.complete;
+  if (fresh > 0)
+    parallel_for(heads_ * fresh, [&](Index unit, int) {
+      const Index head = unit / fresh, b = s.complete + unit % fresh;
+      float* sum = s.sums.data() + (head * s.capacity + b) * d;
+      std::fill(sum, sum + d, 0.0f);
+      sum_keys(head, b * block, (b + 1) * block, sum);
+    });
+  s.complete = complete;
+  return s;
+}
+
+}  // namespace heed

@@ -1,0 +1,68 @@
+// Keys and values of all heads, kept packed for the kernels: what attention reads, and the KV
+// cache of a model. Written once, growing with the tokens.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "heed/base/tensor.h"
+#include "heed/kernel/panels.h"
+
+namespace heed {
+
+/// Sums of keys over complete blocks of tokens, per head: block b of head h at sums[(h·capacity + b)·d].
+struct BlockSums {
+  Index block = 0, complete = 0, capacity = 0;
+  std::vector<float> sums;
+};
+
+class KeyValues {
+ public:
+  /// Room for `capacity` tokens of `heads` heads (a batch's heads one after the other). Memory is
+  /// touched as tokens come. arithmetic: f32, or bf16 (kept as rounded f32 where the kernels have
+  /// no bf16 product).
+  KeyValues(Index heads, Index d, Index dv, Index capacity, DType arithmetic);
+
+  Index heads() const { return heads_; }
+  Index size() const { return size_; }  // tokens held
+  Index capacity() const { return capacity_; }
+  const PanelLayout& layout() const { return layout_; }
+  DType arithmetic() const { return arithmetic_; }
+  /// Bytes that the tokens held occupy, summaries included.
+  Index bytes() const;
+
+  /// Appends n tokens to every head: k [heads, n, D] and v [heads, n, Dv], any strides, f32, f16 or
+  /// bf16, rounded to the arithmetic type. Throws Error when the capacity is exceeded.
+  void append(const TensorView& k, const TensorView& v);
+  /// Forgets all tokens from `size` on.
+  void truncate(Index size);
+
+  const void* keys(Index head) const;    // first panel
+  const void* values(Index head) const;  // first row
+  /// Key or value of one token, widened: d (dv) floats.
+  void read_key(Index head, Index token, float* out) const;
+  void read_value(Index head, Index token, float* out) const;
+
+  /// Adds the keys of tokens [begin, end) of one head to sum [d], f32, in token order within a panel.
+  void sum_keys(Index head, Index begin, Index end, float* sum) const;
+
+  /// Sums of the keys of every complete block of `block` tokens, f32, brought up to date: tokens
+  /// that were summed before are not read again. Not thread-safe: call it before parallel work.
+  const BlockSums& block_sums(Index block) const;
+
+ private:
+  struct Free {
+    Index bytes;
+    void operator()(std::byte* p) const;
+  };
+  Index heads_, capacity_, size_ = 0;
+  DType arithmetic_;
+  PanelLayout layout_;
+  Index head_bytes_k_ = 0, head_bytes_v_ = 0;
+  std::unique_ptr<std::byte, Free> memory_k_, memory_v_;
+  mutable std::map<Index, BlockSums> sums_;
+};
+
+}  // namespace heed

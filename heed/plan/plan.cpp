@@ -1,0 +1,41 @@
+#include "heed/plan/plan.h"
+
+#include <algorithm>
+
+namespace heed {
+
+void Queries::read(Index b, Index head, Index token, float* out) const {
+  const Index d = q_.shape[3];
+  read_f32(q_.at({b, head, token}), q_.dtype, q_.stride[3], d, out);
+  if (arithmetic_ == DType::bf16 && q_.dtype != DType::bf16)
+    for (Index i = 0; i < d; ++i) out[i] = round_to_bf16(out[i]);
+}
+
+void Plan::cut_rows_every(Index rows) {
+  const Index n = problem.N, position0 = problem.position(0);
+  cuts = {0};
+  for (Index t = rows - position0 % rows; t < n; t += rows) cuts.push_back(t);
+  if (n > 0) cuts.push_back(n);
+}
+
+Plan make_plan(const Problem& problem, const Queries& queries, const KeyValues& kv, const Rule& rule, Lanes lanes) {
+  Plan plan;
+  plan.problem = problem;
+  plan.lanes = lanes;
+  plan.queries = queries;
+  plan.rule = rule;
+  Source input;
+  input.layout = kv.layout();
+  for (Index head = 0; head < problem.B * problem.Hk; ++head) {
+    SourceView view;
+    view.keys = kv.keys(head);
+    view.values = kv.values(head);
+    view.columns = problem.M;
+    input.views.push_back(view);
+  }
+  plan.sources.push_back(std::move(input));
+  plan.cut_rows_every(256);
+  return plan;
+}
+
+}  // namespace heed

@@ -1,0 +1,68 @@
+#include "heed/plan/summary.h"
+
+#include <algorithm>
+
+#include "heed/base/threads.h"
+#include "heed/kernel/kernels.h"
+
+namespace heed {
+namespace {
+
+// Packs `count` means, sums[j·d …] / tokens(j), as key panels.
+template <class Sums, class Tokens>
+std::vector<float> pack_means(Index count, Index d, Sums sums, Tokens tokens) {
+  std::vector<float> panels(static_cast<size_t>(round_up(count, panel_columns) * d));
+  Scratch& scratch = thread_scratch();
+  const Scratch::Mark mark(scratch);
+  float* rows = scratch.take<float>(panel_columns * d).data();
+  for (Index first = 0; first < count; first += panel_columns) {
+    const Index columns = std::min(panel_columns, count - first);
+    for (Index j = 0; j < columns; ++j) {
+      const float* sum = sums(first + j);
+      const float n = static_cast<float>(tokens(first + j));
+      for (Index i = 0; i < d; ++i) rows[j * d + i] = sum[i] / n;
+    }
+    kernels().pack_keys_f32(rows, d, columns, d, d, panels.data() + first * d);
+  }
+  return panels;
+}
+
+}  // namespace
+
+void Summary::score(Index head, const float* q, Index rows, Index count, float* scores, Index stride) const {
+  kernels().gemm_f32(rows, count, d, q, d, panels[static_cast<size_t>(head)].data(), scores, stride, false);
+}
+
+Summary mean_keys(const KeyValues& kv, const Problem& problem, const std::vector<std::vector<BlockRange>>& ranges) {
+  const Index heads = problem.B * problem.Hk, d = problem.D;
+  Summary s{.d = d, .blocks = {}, .panels = std::vector<std::vector<float>>(static_cast<size_t>(heads))};
+  for (Index head = 0; head < heads; ++head)
+    s.blocks.push_back(static_cast<Index>(ranges[static_cast<size_t>(head / problem.Hk)].size()));
+  parallel_for(heads, [&](Index head, int) {
+    const std::vector<BlockRange>& blocks = ranges[static_cast<size_t>(head / problem.Hk)];
+    std::vector<float> sum(static_cast<size_t>(d));
+    s.panels[static_cast<size_t>(head)] = pack_means(
+        static_cast<Index>(blocks.size()), d,
+        [&](Index j) {
+          std::fill(sum.begin(), sum.end(), 0.0f);
+          kv.sum_keys(head, blocks[static_cast<size_t>(j)].begin, blocks[static_cast<size_t>(j)].end, sum.data());
+          return sum.data();
+        },
+        [&](Index j) { return blocks[static_cast<size_t>(j)].size(); });
+  });
+  return s;
+}
+
+Summary mean_blocks(const KeyValues& kv, const Problem& problem, Index block) {
+  const Index heads = problem.B * problem.Hk, d = problem.D;
+  const BlockSums& sums = kv.block_sums(block);
+  Summary s{.d = d, .blocks = std::vector<Index>(static_cast<size_t>(heads), sums.complete),
+            .panels = std::vector<std::vector<float>>(static_cast<size_t>(heads))};
+  for (Index head = 0; head < heads; ++head)
+    s.panels[static_cast<size_t>(head)] = pack_means(
+        sums.complete, d, [&](Index j) { return sums.sums.data() + (head * sums.capacity + j) * d; },
+        [&](Index) { return block; });
+  return s;
+}
+
+}  // namespace heed

@@ -1,0 +1,37 @@
+// What a block of keys looks like from afar: its mean, packed so that many queries can be scored
+// against all blocks by the kernels' product.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "heed/plan/plan.h"
+
+namespace heed {
+
+/// One f32 vector per block and head, as key panels.
+struct Summary {
+  Index d = 0;
+  std::vector<Index> blocks;                // per head: how many
+  std::vector<std::vector<float>> panels;   // per head: key panels of f32 vectors
+
+  /// scores[i·stride + j] = <q_i, summary_j> for `rows` rows q [rows, d] and the head's blocks
+  /// 0 … count-1. stride >= count rounded up to 64. Not scaled: scores only rank.
+  void score(Index head, const float* q, Index rows, Index count, float* scores, Index stride) const;
+};
+
+/// Token ranges; blocks of a batch ascend and do not overlap.
+struct BlockRange {
+  Index begin = 0, end = 0;
+  Index size() const { return end - begin; }
+};
+
+/// Mean keys of `ranges[b]` for every KV head of batch b: head b·Hk + h. f32 sums whatever the
+/// arithmetic, as a rounded mean would flip near-ties.
+Summary mean_keys(const KeyValues& kv, const Problem& problem, const std::vector<std::vector<BlockRange>>& ranges);
+
+/// The same for blocks of `block` tokens from token 0, complete ones only. Sums are kept in `kv`, so
+/// that later calls only add what is new.
+Summary mean_blocks(const KeyValues& kv, const Problem& problem, Index block);
+
+}  // namespace heed
