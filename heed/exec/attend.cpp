@@ -68,7 +68,7 @@ void finish(const Plan& plan, const Rows& rows, const PanelLayout& layout, const
   constexpr double ln2 = 0.6931471805599453;
   const RowBlock& block = rows.block;
   for (Index i = 0; i < rows.count(); ++i) {
-    const Index head = rows.head_of(i), row = block.first + rows.row_of(i);
+    const Index head = rows.head_of(i), row = plan.output_by_token ? block.token(rows.row_of(i)) : block.first + rows.row_of(i);
     double m = static_cast<double>(rows.m[i]) * ln2, l = static_cast<double>(rows.l[i]);
     float* o = target.o + block.b * target.stride_b + head * target.stride_h + row * target.stride_row;
     double weight = l > 0 ? 1 / l : 0;

@@ -21,8 +21,8 @@ struct AttendStats {
 /// (query row, key) pairs of dense attention with the same causality, summed over heads.
 Index dense_pairs(const Problem& problem);
 
-/// o [B, Hq, R, Dv] and lse [B, Hq, R], where R = plan.rows_per_head(): row r of lane order. lse is
-/// the natural log of the sum of exp(score), log-weights and sinks included; a row without keys
+/// o [B, Hq, R, Dv] and lse [B, Hq, R], where R = plan.rows_per_head(); rows in the order of tokens, or
+/// of the plan's rows when it says so. lse is the natural log of the sum of exp(score), log-weights and sinks included; a row without keys
 /// gives zeros and -inf. o may have any strides with unit last stride; lse may be null.
 /// The same bits for any number of threads. Does not allocate inside the loop.
 struct AttendTarget {

@@ -67,6 +67,12 @@ struct Kernels {
   // Folds n scores into a running (maximum, sum of exp(x - maximum)), natural units.
   void (*log_sum_exp)(const float* x, Index n, float& maximum, float& sum);
   float (*dot)(const float* a, const float* b, Index n);
+
+  // Yardsticks: `steps` rounds of independent multiply-adds, returning the floating-point operations
+  // done; and one reading of n floats.
+  double (*peak_f32)(Index steps);
+  double (*peak_bf16)(Index steps);
+  float (*read_all)(const float* p, Index n);
 };
 
 /// The instruction sets that this build holds and this machine can run, best first by default rule.

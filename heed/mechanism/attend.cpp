@@ -118,9 +118,19 @@ bool resolve_causality(const Mechanism& m, bool asked) {
   return m.causality == Causality::implied || asked;
 }
 
-Plan plan_of(const MechanismCall& call, const AttendInput& in) {
+namespace {
+
+// A mechanism's plan with the checked inputs that it was made from.
+struct Prepared {
+  const Mechanism& mechanism;
+  Params params;
+  Inputs inputs;
+  Plan plan;
+};
+
+Prepared prepare(const MechanismCall& call, const AttendInput& in) {
   const Mechanism& m = find_mechanism(call.name);
-  const Params params(m.name, m.params, call.params);
+  Params params(m.name, m.params, call.params);
   Problem p = check_tensors(in);
   p.causal = resolve_causality(m, in.causal);
   if (p.causal && p.N > p.M) fail("q: {} queries, expected at most the {} keys when causal", p.N, p.M);
@@ -150,21 +160,28 @@ Plan plan_of(const MechanismCall& call, const AttendInput& in) {
   inputs.extra = in.extra;
   Plan plan = m.plan(params, inputs);
   plan.keep.push_back(kv);
-  return plan;
+  return {m, std::move(params), std::move(inputs), std::move(plan)};
 }
+
+}  // namespace
+
+Plan plan_of(const MechanismCall& call, const AttendInput& in) { return prepare(call, in).plan; }
 
 AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
   const double start = now();
-  const Plan plan = plan_of(call, in);
+  const Prepared prepared = prepare(call, in);
   const double planned = now() - start;
+  const Plan& plan = prepared.plan;
   const Problem& p = plan.problem;
+  const Index rows = plan.rows_per_head();
   AttendOutput out;
-  out.o = Tensor(DType::f32, {p.B, p.Hq, p.N, p.Dv});
-  out.lse = Tensor(DType::f32, {p.B, p.Hq, p.N});
-  const AttendTarget target{out.o.as<float>(), p.Hq * p.N * p.Dv, p.N * p.Dv, p.Dv, out.lse.as<float>()};
+  out.o = Tensor(DType::f32, {p.B, p.Hq, rows, p.Dv});
+  out.lse = Tensor(DType::f32, {p.B, p.Hq, rows});
+  const AttendTarget target{out.o.as<float>(), p.Hq * rows * p.Dv, rows * p.Dv, p.Dv, out.lse.as<float>()};
   out.stats = heed::attend(plan, target);
   out.stats.plan_s += planned;
-  out.density = static_cast<double>(out.stats.pairs) / static_cast<double>(dense_pairs(p));
+  out.density = static_cast<double>(out.stats.pairs) / static_cast<double>(dense_pairs(prepared.inputs.problem));
+  if (prepared.mechanism.finish != nullptr) prepared.mechanism.finish(prepared.params, prepared.inputs, plan, out);
   return out;
 }
 

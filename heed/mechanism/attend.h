@@ -5,7 +5,6 @@
 #include <optional>
 #include <string>
 
-#include "heed/exec/attend.h"
 #include "heed/mechanism/mechanism.h"
 
 namespace heed {
@@ -16,13 +15,6 @@ struct AttendInput {
   bool causal = false;
   std::optional<float> scale;    // default D^-1/2
   DType arithmetic = DType::f32;  // f32 or bf16; with bf16, f32 inputs are rounded first
-};
-
-struct AttendOutput {
-  Tensor o;    // [B, Hq, N, Dv] f32
-  Tensor lse;  // [B, Hq, N] f32
-  AttendStats stats;
-  double density = 0;  // pairs attended / pairs of dense attention with the same causality
 };
 
 /// o = the mechanism's attention of q over k, v. Throws UsageError for an unknown mechanism or

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "heed/base/tensor.h"
+#include "heed/exec/attend.h"
 #include "heed/mechanism/params.h"
 #include "heed/plan/plan.h"
 
@@ -43,6 +44,14 @@ struct Inputs {
   }
 };
 
+struct AttendOutput {
+  Tensor o;    // [B, Hq, N, Dv] f32
+  Tensor lse;  // [B, Hq, N] f32; empty for mechanisms that have none
+  std::map<std::string, Tensor> extra;
+  AttendStats stats;
+  double density = 0;  // pairs attended / pairs of dense attention with the same causality
+};
+
 struct Mechanism {
   std::string name, title, paper;  // paper: "arXiv:2502.13189"
   int year = 0;
@@ -58,6 +67,9 @@ struct Mechanism {
   /// Why it cannot replace attention in a causal language model, or empty.
   std::string not_on_models;
   Plan (*plan)(const Params& params, const Inputs& in) = nullptr;
+  /// What is left to do after the plan was carried out (a mean over clusters, a transposition, an
+  /// extra output), or null. `out` holds o [B, Hq, R, Dv] and lse [B, Hq, R] of the plan's own problem.
+  void (*finish)(const Params& params, const Inputs& in, const Plan& plan, AttendOutput& out) = nullptr;
 };
 
 /// Every mechanism, in the order of the documentation.

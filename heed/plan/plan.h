@@ -134,9 +134,11 @@ struct Plan {
 
   /// Boundaries of row blocks inside a head: 0 = cuts[0] < … < cuts.back() = rows of a head.
   std::vector<Index> cuts;
-  /// Per lane [B · heads] the query token of each row, or empty = every token once, in order. A
-  /// token may occur in several rows; the caller's output then has one row for each.
+  /// Per lane [B · heads] the query token of each row, or empty = every token once, in order.
   std::vector<std::vector<std::int32_t>> row_tokens;
+  /// Where the result of a row goes: to its token's row of the output (row_tokens is a permutation),
+  /// or, when a token stands in several rows or none, to the row's own.
+  bool output_by_token = true;
   /// Per batch and position [B · M]: the first and one past the last position that a query there
   /// may see, on top of every mask (documents, prefixes), or empty.
   std::vector<std::int32_t> visible_first, visible_end;
