@@ -6,19 +6,39 @@
 namespace heed {
 namespace {
 
-// One column from a packed source to column `to` of another.
+// `run` consecutive columns of one panel to consecutive columns of another; `fixed` > 0: that many.
+template <Index fixed, class T>
+void copy_run(const T* from, T* to, Index steps, Index run) {
+  const Index width = fixed > 0 ? fixed : run;
+  constexpr Index step = panel_columns * (sizeof(T) == 2 ? 2 : 1);
+  for (Index f = 0; f < steps; ++f, from += step, to += step)
+    for (Index c = 0; c < width; ++c) to[c] = from[c];
+}
+
+// Columns [column, column + run) of a packed source, all in one panel, to column `to` on of another.
 template <class T>
-void copy_column(const PanelLayout& layout, const SourceView& view, Index column, T* keys, T* values, Index to) {
+void copy_columns(const PanelLayout& layout, const SourceView& view, Index column, Index run, T* keys, T* values, Index to) {
   constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
   const T* k = static_cast<const T*>(view.keys) + layout.key_offset(column, 0);
   T* k_out = keys + layout.key_offset(to, 0);
-  for (Index f = 0; f < layout.dp; f += pair) {
-    for (Index i = 0; i < pair; ++i) k_out[i] = k[i];
-    k += panel_columns * pair, k_out += panel_columns * pair;
+  const Index steps = layout.dp / pair;
+  switch (run * pair) {
+    case 1: copy_run<1>(k, k_out, steps, 1); break;
+    case 2: copy_run<2>(k, k_out, steps, 2); break;
+    case 4: copy_run<4>(k, k_out, steps, 4); break;
+    case 8: copy_run<8>(k, k_out, steps, 8); break;
+    case 16: copy_run<16>(k, k_out, steps, 16); break;
+    default: copy_run<0>(k, k_out, steps, run * pair);
   }
-  const T* v = static_cast<const T*>(view.values) + layout.value_offset(column, 0);
-  T* v_out = values + layout.value_offset(to, 0);
-  for (Index e = 0; e < layout.dvp; ++e) v_out[e * pair] = v[e * pair];
+  const T* v = static_cast<const T*>(view.values);
+  // bf16 values stand in pairs of columns: whole pairs are copied as they lie.
+  const Index whole = pair == 1 || (column % 2 == 0 && to % 2 == 0) ? run / pair * pair : 0;
+  std::copy_n(v + layout.value_offset(column, 0), whole * layout.dvp, values + layout.value_offset(to, 0));
+  for (Index i = whole; i < run; ++i) {
+    const T* in = v + layout.value_offset(column + i, 0);
+    T* out = values + layout.value_offset(to + i, 0);
+    for (Index e = 0; e < layout.dvp; ++e) out[e * pair] = in[e * pair];
+  }
 }
 
 template <class T>
@@ -33,7 +53,12 @@ void gather(const PanelLayout& layout, const SourceView& view, const Set& column
     std::fill_n(keys + layout.key_elements(tail), layout.panel_elements(), T{});
     std::fill_n(values + tail * layout.dvp, panel_columns * layout.dvp, T{});
   }
-  for (Index i = 0; i < count; ++i) copy_column(layout, view, columns[from + i], keys, values, i);
+  for (Index i = 0, run; i < count; i += run) {
+    const Index column = columns[from + i];
+    const Index most = std::min({count - i, panel_columns - column % panel_columns, panel_columns - i % panel_columns});
+    for (run = 1; run < most && columns[from + i + run] == column + run;) ++run;
+    copy_columns(layout, view, column, run, keys, values, i);
+  }
   piece.keys = keys, piece.values = values;
 }
 

@@ -67,6 +67,8 @@ struct Kernels {
   // Folds n scores into a running (maximum, sum of exp(x - maximum)), natural units.
   void (*log_sum_exp)(const float* x, Index n, float& maximum, float& sum);
   float (*dot)(const float* a, const float* b, Index n);
+  // The first i >= from with x[i] > bound, or n.
+  Index (*find_above)(const float* x, Index from, Index n, float bound);
 
   // Yardsticks: `steps` rounds of independent multiply-adds, returning the floating-point operations
   // done; and one reading of n floats.

@@ -143,14 +143,7 @@ Prepared prepare(const MechanismCall& call, const AttendInput& in) {
   if (!std::isfinite(scale)) fail_usage("scale = {}, expected a finite number", scale);
 
   const auto kv = std::make_shared<KeyValues>(p.B * p.Hk, p.D, p.Dv, p.M, in.arithmetic);
-  // Heads of a batch lie `stride[1]` apart and batches `stride[0]`: append one batch's heads as one
-  // view where both agree, as they do for contiguous tensors.
-  const auto merged = [&](const TensorView& x) -> TensorView {
-    if (p.B > 1 && x.stride[0] != p.Hk * x.stride[1])
-      fail("strides = {}, expected batches to follow one another", to_string(x.stride));
-    return {x.data, x.dtype, {p.B * p.Hk, x.shape[2], x.shape[3]}, {x.stride[1], x.stride[2], x.stride[3]}};
-  };
-  kv->append(merged(in.k), merged(in.v));
+  kv->append(in.k, in.v);
 
   Inputs inputs;
   inputs.problem = p;

@@ -37,14 +37,15 @@ KeyValues::KeyValues(Index heads, Index d, Index dv, Index capacity, DType arith
 Index KeyValues::bytes() const {
   Index sum = heads_ * (layout_.key_elements(size_) + layout_.value_elements(size_)) * size_of(layout_.dtype);
   for (const auto& [block, sums] : sums_) sum += static_cast<Index>(sums.sums.size() * sizeof(float));
-  return sum;
+  return sum + heads_ * rows_complete_ * layout_.dp * size_of(layout_.dtype);
 }
 
 const void* KeyValues::keys(Index head) const { return memory_k_.get() + head * head_bytes_k_; }
 const void* KeyValues::values(Index head) const { return memory_v_.get() + head * head_bytes_v_; }
 
 void KeyValues::append(const TensorView& k, const TensorView& v) {
-  const Index n = k.shape.at(1), begin = size_, end = size_ + n;
+  const size_t axis = k.shape.size() - 2;  // of tokens
+  const Index n = k.shape.at(axis), begin = size_, end = size_ + n;
   if (end > capacity_) fail("tokens = {}, expected at most {} (the capacity of the key-value cache)", end, capacity_);
   const bool paired = layout_.dtype == DType::bf16, rounded = arithmetic_ == DType::bf16;
   const Kernels& kernel = kernels();
@@ -63,7 +64,8 @@ void KeyValues::append(const TensorView& k, const TensorView& v) {
     const auto fetch = [&](const TensorView& x, Index width) {
       for (Index t = from; t < to; ++t) {
         float* row = rows + (t - from) * width;
-        read_f32(x.at({head, t - begin}), x.dtype, x.stride[2], width, row);
+        const void* from_row = axis == 1 ? x.at({head, t - begin}) : x.at({head / x.shape[1], head % x.shape[1], t - begin});
+        read_f32(from_row, x.dtype, x.stride[axis + 1], width, row);
         if (rounded && !paired)
           for (Index i = 0; i < width; ++i) row[i] = round_to_bf16(row[i]);
       }
@@ -103,6 +105,7 @@ void KeyValues::append(const TensorView& k, const TensorView& v) {
 void KeyValues::truncate(Index size) {
   size_ = std::min(size_, std::max<Index>(size, 0));
   for (auto& [block, sums] : sums_) sums.complete = std::min(sums.complete, size_ / block);
+  rows_complete_ = std::min(rows_complete_, size_);
 }
 
 void KeyValues::read_key(Index head, Index token, float* out) const {
@@ -158,6 +161,42 @@ const BlockSums& KeyValues::block_sums(Index block) const {
     });
   s.complete = complete;
   return s;
+}
+
+namespace {
+
+// Columns [from, to) of one panel as rows of dp elements; `pair` features lie side by side.
+template <class T, Index pair>
+void unpack_panel(const T* panel, Index from, Index to, Index dp, T* rows) {
+  for (Index c = from; c < to; ++c, rows += dp)
+    for (Index f = 0; f < dp; f += pair)
+      for (Index i = 0; i < pair; ++i) rows[f + i] = panel[f * panel_columns + c * pair + i];
+}
+
+}  // namespace
+
+KeyRows KeyValues::key_rows() const {
+  const Index row_bytes = layout_.dp * size_of(layout_.dtype);
+  if (!memory_rows_) {
+    const Index bytes = std::max<Index>(1, heads_ * capacity_ * row_bytes);
+    memory_rows_ = {reserve(bytes), Free{bytes}};
+  }
+  const KeyRows rows{memory_rows_.get(), row_bytes, capacity_};
+  const Index first_panel = rows_complete_ / panel_columns;
+  const Index panels = rows_complete_ < size_ ? ceil_div(size_, panel_columns) - first_panel : 0;
+  parallel_for(heads_ * panels, [&](Index unit, int) {
+    const Index head = unit / panels, panel = first_panel + unit % panels, start = panel * panel_columns;
+    const Index from = std::max(rows_complete_, start) - start, to = std::min(size_ - start, panel_columns);
+    auto* out = const_cast<std::byte*>(rows.row(head, start + from));
+    if (layout_.dtype == DType::f32)
+      unpack_panel<float, 1>(static_cast<const float*>(keys(head)) + panel * layout_.panel_elements(), from, to, layout_.dp,
+                             reinterpret_cast<float*>(out));
+    else
+      unpack_panel<bf16, 2>(static_cast<const bf16*>(keys(head)) + panel * layout_.panel_elements(), from, to, layout_.dp,
+                            reinterpret_cast<bf16*>(out));
+  });
+  rows_complete_ = size_;
+  return rows;
 }
 
 }  // namespace heed

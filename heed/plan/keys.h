@@ -18,6 +18,13 @@ struct BlockSums {
   std::vector<float> sums;
 };
 
+/// Keys as rows in the layout's type: token t of head h starts at data + (h·capacity + t)·dp elements.
+struct KeyRows {
+  const std::byte* data = nullptr;
+  Index row_bytes = 0, capacity = 0;
+  const std::byte* row(Index head, Index token) const { return data + (head * capacity + token) * row_bytes; }
+};
+
 class KeyValues {
  public:
   /// Room for `capacity` tokens of `heads` heads (a batch's heads one after the other). Memory is
@@ -33,8 +40,8 @@ class KeyValues {
   /// Bytes that the tokens held occupy, summaries included.
   Index bytes() const;
 
-  /// Appends n tokens to every head: k [heads, n, D] and v [heads, n, Dv], any strides, f32, f16 or
-  /// bf16, rounded to the arithmetic type. Throws Error when the capacity is exceeded.
+  /// Appends n tokens to every head: k [heads, n, D] and v [heads, n, Dv], or with the heads as two
+  /// axes [B, Hk, n, D]; any strides; f32, f16 or bf16, rounded to the arithmetic type. Throws Error when the capacity is exceeded.
   void append(const TensorView& k, const TensorView& v);
   /// Forgets all tokens from `size` on.
   void truncate(Index size);
@@ -52,6 +59,10 @@ class KeyValues {
   /// that were summed before are not read again. Not thread-safe: call it before parallel work.
   const BlockSums& block_sums(Index block) const;
 
+  /// The keys once more, as rows: a key's features lie apart in a panel, which is slow for those who
+  /// look at single keys. Kept from the first call on, brought up to date by each. Not thread-safe.
+  KeyRows key_rows() const;
+
  private:
   struct Free {
     Index bytes;
@@ -63,6 +74,8 @@ class KeyValues {
   Index head_bytes_k_ = 0, head_bytes_v_ = 0;
   std::unique_ptr<std::byte, Free> memory_k_, memory_v_;
   mutable std::map<Index, BlockSums> sums_;
+  mutable std::unique_ptr<std::byte, Free> memory_rows_;
+  mutable Index rows_complete_ = 0;  // tokens in memory_rows_
 };
 
 }  // namespace heed

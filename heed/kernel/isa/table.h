@@ -51,6 +51,7 @@ const Kernels table = {
     .gelu_mul = gelu_mul,
     .log_sum_exp = log_sum_exp,
     .dot = dot,
+    .find_above = find_above,
     .peak_f32 = peak_f32,
     .peak_bf16 = bf16_kernel(peak_bf16),
     .read_all = read_all,

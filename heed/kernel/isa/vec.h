@@ -18,9 +18,9 @@ inline float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
 inline F select(std::uint32_t bits, F a, F b) { return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a); }
 inline std::uint32_t less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-/// x · 2^n for whole n; underflow gives zero.
+/// x · 2^n for whole n; underflow gives zero, and so does n = -inf whatever x is, NaN included.
 inline F scale_by_power(F x, F n) { return _mm512_scalef_ps(x, n); }
-inline constexpr float least_exponent = -200;
+inline F clamp_exponent(F x) { return x; }
 
 #elif defined(__AVX2__)
 
@@ -57,7 +57,7 @@ inline F scale_by_power(F x, F n) {
   const F y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), shifted));
   return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-125), _CMP_GE_OQ));
 }
-inline constexpr float least_exponent = -126;
+inline F clamp_exponent(F x) { return max(x, set1(-126)); }
 
 #else
 
@@ -96,7 +96,7 @@ inline F scale_by_power(F x, F n) {
   const F y = (F)((I)x + shifted);
   return n >= -125.0f ? y : F{};
 }
-inline constexpr float least_exponent = -126;
+inline F clamp_exponent(F x) { return max(x, set1(-126)); }
 
 #endif
 
@@ -105,7 +105,7 @@ inline F zero() { return set1(0); }
 /// 2^x, relative error below 2e-7 (`fine`) or 1.1e-4, for x <= 127. -inf and deep underflow give 0.
 template <bool fine>
 inline F exp2(F x) {
-  x = max(x, set1(least_exponent));
+  x = clamp_exponent(x);
   const F n = round(x), r = x - n;
   // Minimax polynomials of 2^r on [-1/2, 1/2], relative error; fitted by iterated least squares.
   F p;
