@@ -20,9 +20,10 @@ TensorView flags(const std::vector<std::uint8_t>& x, Index b, Index m) { return 
 
 std::vector<Sizes> awkward_sizes() {
   return {
-      {1, 1, 1, 1, 1, 16, 16},   {1, 1, 1, 1, 300, 64, 64},  {2, 4, 1, 3, 67, 33, 17},  {1, 2, 2, 63, 63, 1, 5},
-      {1, 2, 1, 65, 65, 7, 64},  {2, 8, 1, 40, 129, 80, 1},  {1, 1, 1, 257, 257, 64, 80}, {1, 4, 4, 31, 200, 128, 128},
-      {1, 1, 1, 20, 90, 256, 256}, {1, 2, 1, 17, 70, 512, 33},
+      {1, 1, 1, 1, 1, 16, 16},     {1, 1, 1, 1, 300, 64, 64},    {2, 4, 1, 3, 67, 33, 17},
+      {1, 2, 2, 63, 63, 1, 5},     {1, 2, 1, 65, 65, 7, 64},     {2, 8, 1, 40, 129, 80, 1},
+      {1, 1, 1, 257, 257, 64, 80}, {1, 4, 4, 31, 200, 128, 128}, {1, 1, 1, 20, 90, 256, 256},
+      {1, 2, 1, 17, 70, 512, 33},
   };
 }
 
@@ -127,7 +128,8 @@ TEST_CASE("dense adds a bias, -inf included, broadcast over batches and heads") 
               for (Index t = 0; t < s.N; ++t)
                 for (Index j = 0; j < s.M; ++j)
                   // Row 5 sees nothing; elsewhere a third of the pairs is away.
-                  at(b, h, t, j) = t == 5 || (t + 2 * j + h) % 3 == 0 ? -inf : static_cast<float>(noise.get(b, h, t, j));
+                  at(b, h, t, j) =
+                      t == 5 || (t + 2 * j + h) % 3 == 0 ? -inf : static_cast<float>(noise.get(b, h, t, j));
           for (const bool causal : {false, true}) {
             AttendInput in = c.input(causal);
             in.extra["bias"] = {bias.data(), DType::f32, {biases, bias_heads, s.N, s.M}};
@@ -190,10 +192,12 @@ TEST_CASE("streaming equals its definition") {
   for (const std::string& isa : available_isas()) {
     const UseIsa use(isa);
     for (const DType arithmetic : {DType::f32, DType::bf16})
-      for (const Sizes& s : {Sizes{1, 1, 1, 1, 1, 16, 16}, Sizes{2, 4, 1, 201, 201, 33, 16}, Sizes{1, 2, 2, 70, 611, 16, 40},
-                             Sizes{1, 1, 1, 1, 130, 64, 64}, Sizes{1, 1, 1, 900, 900, 16, 16}}) {
+      for (const Sizes& s :
+           {Sizes{1, 1, 1, 1, 1, 16, 16}, Sizes{2, 4, 1, 201, 201, 33, 16}, Sizes{1, 2, 2, 70, 611, 16, 40},
+            Sizes{1, 1, 1, 1, 130, 64, 64}, Sizes{1, 1, 1, 900, 900, 16, 16}}) {
         const Case c(s, DType::f32, arithmetic);
-        for (const auto& [sink, window] : std::vector<std::pair<Index, Index>>{{4, 100}, {0, 1}, {70, 3}, {1, 64}, {130, 257}, {0, 65}, {4, 5000}}) {
+        for (const auto& [sink, window] :
+             std::vector<std::pair<Index, Index>>{{4, 100}, {0, 1}, {70, 3}, {1, 64}, {130, 257}, {0, 65}, {4, 5000}}) {
           const std::string call = fmt::format("streaming:sink={},window={}", sink, window);
           CAPTURE(call);
           const Got got = run(call, c.input());
@@ -267,7 +271,8 @@ TEST_CASE("soft caps, ALiBi, sinks and bias change scores alike in every plan") 
           NaiveOptions options;
           options.sinks.assign(sinks.begin(), sinks.end());
           options.change = [&](Index, Index h, Index t, Index j, double x) {
-            return 1.2f * std::tanh(x / 1.2f) + slopes[static_cast<size_t>(h)] * static_cast<double>(j - position(c, t)) + bias.get(0, 0, t, j);
+            return 1.2f * std::tanh(x / 1.2f) +
+                   slopes[static_cast<size_t>(h)] * static_cast<double>(j - position(c, t)) + bias.get(0, 0, t, j);
           };
           CHECK_AGREES(run(plan), naive_attention(c, sees, options), c);
         }
@@ -290,10 +295,8 @@ TEST_CASE("outputs go where their strides say and nowhere else") {
       for (Index t = 0; t < 37; ++t)
         for (Index e = 0; e < gap; ++e) {
           const float x = o[static_cast<size_t>(b * batch + h * gap + t * row + e)];
-          if (e < 9)
-            equal = equal && x == packed.o[static_cast<size_t>(((b * 4 + h) * 37 + t) * 9 + e)];
-          else
-            untouched = untouched && x == 77;
+          if (e < 9) equal = equal && x == packed.o[static_cast<size_t>(((b * 4 + h) * 37 + t) * 9 + e)];
+          else untouched = untouched && x == 77;
         }
   CHECK(equal);
   CHECK(untouched);
@@ -311,7 +314,8 @@ TEST_CASE("the front door gives what the plan gives") {
   const Naive want = naive_attention(c, streaming_sees(c, 2, 30));
   const Naive dense = naive_attention(c, dense_sees(c, true));
   CHECK(out.stats.pairs == want.pairs);
-  CHECK(out.density == doctest::Approx(static_cast<double>(want.pairs) / static_cast<double>(dense.pairs)).epsilon(1e-12));
+  CHECK(out.density ==
+        doctest::Approx(static_cast<double>(want.pairs) / static_cast<double>(dense.pairs)).epsilon(1e-12));
   CHECK(attend("dense", c.input(true)).density == 1.0);
   CHECK(attend("dense", c.input(false)).density == 1.0);
 }
@@ -320,7 +324,8 @@ TEST_CASE("the same bits for any number of threads") {
   for (const std::string& isa : available_isas()) {
     const UseIsa use(isa);
     for (const DType arithmetic : {DType::f32, DType::bf16})
-      for (const Sizes& s : {Sizes{2, 4, 2, 333, 333, 32, 32}, Sizes{1, 8, 2, 1, 1300, 64, 64}, Sizes{1, 2, 1, 40, 900, 16, 16}})
+      for (const Sizes& s :
+           {Sizes{2, 4, 2, 333, 333, 32, 32}, Sizes{1, 8, 2, 1, 1300, 64, 64}, Sizes{1, 2, 1, 40, 900, 16, 16}})
         for (const std::string call : {"dense", "streaming:sink=4,window=80"}) {
           const Case c(s, DType::f32, arithmetic);
           Got first;
@@ -357,9 +362,11 @@ TEST_CASE("no output depends on a later token") {
           for (Index h = 0; h < 2; ++h)
             for (Index i = 0; i <= t; ++i) {
               const size_t row = static_cast<size_t>(h * s.N + i);
-              differing += std::memcmp(&before.o[row * 16], &after.o[row * 16], 64) != 0 || before.lse[row] != after.lse[row];
+              differing +=
+                  std::memcmp(&before.o[row * 16], &after.o[row * 16], 64) != 0 || before.lse[row] != after.lse[row];
             }
-          CHECK_MESSAGE(differing == 0, c.describe(), ": ", call, ", ", differing, " rows at or before ", t, " changed");
+          CHECK_MESSAGE(differing == 0, c.describe(), ": ", call, ", ", differing, " rows at or before ", t,
+                        " changed");
         }
       }
   }

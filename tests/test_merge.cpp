@@ -24,7 +24,8 @@ struct Rows {
 };
 
 /// One row's softmax over keys [begin, end) of given scores and values, in f64, rounded to f32.
-void attend_row(const std::vector<double>& score, const std::vector<double>& value, Index begin, Index end, Rows& out, Index row) {
+void attend_row(const std::vector<double>& score, const std::vector<double>& value, Index begin, Index end, Rows& out,
+                Index row) {
   double top = -INFINITY, sum = 0;
   for (Index j = begin; j < end; ++j) top = std::max(top, score[static_cast<size_t>(j)]);
   if (begin >= end) return;
@@ -34,7 +35,8 @@ void attend_row(const std::vector<double>& score, const std::vector<double>& val
     sum += p;
     for (Index e = 0; e < out.dv; ++e) o[static_cast<size_t>(e)] += p * value[static_cast<size_t>(j * out.dv + e)];
   }
-  for (Index e = 0; e < out.dv; ++e) out.o[static_cast<size_t>(row * out.dv + e)] = static_cast<float>(o[static_cast<size_t>(e)] / sum);
+  for (Index e = 0; e < out.dv; ++e)
+    out.o[static_cast<size_t>(row * out.dv + e)] = static_cast<float>(o[static_cast<size_t>(e)] / sum);
   out.lse[static_cast<size_t>(row)] = static_cast<float>(top + std::log(sum));
 }
 
@@ -46,7 +48,8 @@ void check_close(const Rows& got, const Rows& want) {
       CHECK(got.lse[i] == -inf);
       continue;
     }
-    worst_lse = std::max(worst_lse, std::fabs(double(got.lse[i]) - want.lse[i]) / std::max(1.0, std::fabs(double(want.lse[i]))));
+    worst_lse = std::max(worst_lse,
+                         std::fabs(double(got.lse[i]) - want.lse[i]) / std::max(1.0, std::fabs(double(want.lse[i]))));
   }
   CHECK(worst_o < 2e-5);
   CHECK(worst_lse < 2e-6);

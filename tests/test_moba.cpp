@@ -87,7 +87,8 @@ TEST_CASE("moba breaks ties as it is told") {
     for (Index j = 64; j < 260; ++j)
       for (Index d = 0; d < 16; ++d) two.k.set(0, h, j, d, two.k.get(0, h, j - 64, d));
   for (const bool higher : {false, true})
-    for (const Index top_k : {2, 3, 4, 6}) check_moba(two, {.block = 32, .top_k = top_k, .higher = higher, .margin = 0});
+    for (const Index top_k : {2, 3, 4, 6})
+      check_moba(two, {.block = 32, .top_k = top_k, .higher = higher, .margin = 0});
   // All scores zero.
   Case zero({1, 1, 1, 150, 150, 16, 8});
   for (Index j = 0; j < 150; ++j)
@@ -155,9 +156,11 @@ TEST_CASE("moba: no output depends on a later token, block means included") {
           for (Index h = 0; h < 2; ++h)
             for (Index i = 0; i <= t; ++i) {
               const size_t row = static_cast<size_t>(h * s.N + i);
-              differing += std::memcmp(&before.o[row * 16], &after.o[row * 16], 64) != 0 || before.lse[row] != after.lse[row];
+              differing +=
+                  std::memcmp(&before.o[row * 16], &after.o[row * 16], 64) != 0 || before.lse[row] != after.lse[row];
             }
-          CHECK_MESSAGE(differing == 0, c.describe(), ": ", call, ", ", differing, " rows at or before ", t, " changed");
+          CHECK_MESSAGE(differing == 0, c.describe(), ": ", call, ", ", differing, " rows at or before ", t,
+                        " changed");
         }
       }
     }

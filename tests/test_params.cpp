@@ -45,11 +45,14 @@ TEST_CASE("a call is a name and parameters") {
 
 TEST_CASE("text that is no call is refused") {
   CHECK_FAILS(MechanismCall::parse(""), UsageError, "mechanism = , expected NAME or NAME:parameter=value,…");
-  CHECK_FAILS(MechanismCall::parse(":block=2"), UsageError, "mechanism = :block=2, expected NAME or NAME:parameter=value,…");
+  CHECK_FAILS(MechanismCall::parse(":block=2"), UsageError,
+              "mechanism = :block=2, expected NAME or NAME:parameter=value,…");
   CHECK_FAILS(MechanismCall::parse("moba:"), UsageError, "mechanism = moba:, expected parameter=value after the colon");
-  CHECK_FAILS(MechanismCall::parse("moba:block"), UsageError, "mechanism = moba:block, expected parameter=value after moba:");
+  CHECK_FAILS(MechanismCall::parse("moba:block"), UsageError,
+              "mechanism = moba:block, expected parameter=value after moba:");
   CHECK_FAILS(MechanismCall::parse("moba:=3"), UsageError, "mechanism = moba:=3, expected parameter=value after moba:");
-  CHECK_FAILS(MechanismCall::parse("moba:,block=3"), UsageError, "mechanism = moba:,block=3, expected parameter=value after moba:");
+  CHECK_FAILS(MechanismCall::parse("moba:,block=3"), UsageError,
+              "mechanism = moba:,block=3, expected parameter=value after moba:");
   // A comma with nothing after it belongs to the value, which the parameter then refuses.
   CHECK_THROWS_AS(Params("moba", specs(), MechanismCall::parse("moba:block=3,").params), UsageError);
   CHECK_THROWS_AS(Params("moba", specs(), MechanismCall::parse("moba:block=3,4").params), UsageError);
@@ -65,7 +68,8 @@ TEST_CASE("parameters have defaults and are read by kind") {
   CHECK(p.text("pool") == "mean");
   CHECK(p.list("kernel_size") == std::vector<Index>{3, 5});
   CHECK(!p.given("block"));
-  const Params q = make({{"mass", "1e-3"}, {"block", "1"}, {"force_first", "false"}, {"pool", "max"}, {"kernel_size", "7"}});
+  const Params q =
+      make({{"mass", "1e-3"}, {"block", "1"}, {"force_first", "false"}, {"pool", "max"}, {"kernel_size", "7"}});
   CHECK(q.integer("block") == 1);
   CHECK(q.number("mass") == 1e-3);
   CHECK(!q.boolean("force_first"));
@@ -95,8 +99,9 @@ TEST_CASE("values out of range or of the wrong kind are refused by name") {
     CHECK_FAILS(make({{"kernel_size", bad}}), UsageError,
                 "demo: kernel_size = " + bad + ", expected a number or numbers joined by x, such as 4x6");
   CHECK_FAILS(make({{"kernel_size", "3x1"}}), UsageError, "demo: kernel_size = 3x1, expected values >= 2");
-  CHECK_FAILS(make({{"blok", "3"}}), UsageError,
-              "demo: blok = 3, expected one of the parameters block, sink_blocks, mass, force_first, pool, kernel_size");
+  CHECK_FAILS(
+      make({{"blok", "3"}}), UsageError,
+      "demo: blok = 3, expected one of the parameters block, sink_blocks, mass, force_first, pool, kernel_size");
   CHECK_FAILS(make({{"block", "3"}, {"block", "4"}}), UsageError, "demo: block = 4, expected once, was also 3");
   CHECK_FAILS(Params("bare", {}, {{"block", "3"}}), UsageError, "bare: block = 3, expected no parameters");
   ParamSpec needed = integer("window", 1, 1, "tokens of the window");
@@ -115,7 +120,8 @@ TEST_CASE("attend refuses unknown mechanisms and parameters") {
     CHECK(std::string(e.what()).find('\n') == std::string::npos);
   }
   CHECK_FAILS(attend("dense:block=3", c.input()), UsageError, "dense: block = 3, expected no parameters");
-  CHECK_FAILS(attend("streaming:sinks=3", c.input()), UsageError, "streaming: sinks = 3, expected one of the parameters sink, window");
+  CHECK_FAILS(attend("streaming:sinks=3", c.input()), UsageError,
+              "streaming: sinks = 3, expected one of the parameters sink, window");
   CHECK_FAILS(attend("streaming:window=0", c.input()), UsageError, "streaming: window = 0, expected >= 1");
   CHECK_FAILS(attend("moba:tie=middle", c.input()), UsageError, "moba: tie = middle, expected one of lower, higher");
 }
@@ -129,8 +135,10 @@ TEST_CASE("attend refuses tensors that do not fit together") {
     return in;
   };
   static_cast<void>(attend("dense", good));
-  CHECK_FAILS(attend("dense", with([](AttendInput& in) { in.q.dtype = DType::i32; })), Error, "q: dtype = i32, expected f32, f16 or bf16");
-  CHECK_FAILS(attend("dense", with([](AttendInput& in) { in.v.dtype = DType::u8; })), Error, "v: dtype = u8, expected f32, f16 or bf16");
+  CHECK_FAILS(attend("dense", with([](AttendInput& in) { in.q.dtype = DType::i32; })), Error,
+              "q: dtype = i32, expected f32, f16 or bf16");
+  CHECK_FAILS(attend("dense", with([](AttendInput& in) { in.v.dtype = DType::u8; })), Error,
+              "v: dtype = u8, expected f32, f16 or bf16");
   CHECK_FAILS(attend("dense", with([](AttendInput& in) { in.k.shape.pop_back(), in.k.stride.pop_back(); })), Error,
               "k: shape = [2, 2, 9], expected [B, Hk, M, D]");
   CHECK_THROWS_AS(attend("dense", with([](AttendInput& in) { in.k.shape[3] = 15; })), Error);
@@ -142,19 +150,24 @@ TEST_CASE("attend refuses tensors that do not fit together") {
     CHECK_THROWS_AS(attend("dense", with([&](AttendInput& in) { in.k.shape[axis] = 0; })), Error);
     CHECK_THROWS_AS(attend("dense", with([&](AttendInput& in) { in.v.shape[axis] = 0; })), Error);
   }
-  CHECK_FAILS(attend("dense", Case({1, 3, 2, 4, 4, 8, 8}).input()), Error, "q: 3 heads, expected a multiple of the 2 heads of k");
-  CHECK_FAILS(attend("dense", Case({1, 1, 1, 5, 4, 8, 8}).input(true)), Error, "q: 5 queries, expected at most the 4 keys when causal");
-  CHECK_FAILS(attend("moba", Case({1, 1, 1, 5, 4, 8, 8}).input()), Error, "q: 5 queries, expected at most the 4 keys when causal");
+  CHECK_FAILS(attend("dense", Case({1, 3, 2, 4, 4, 8, 8}).input()), Error,
+              "q: 3 heads, expected a multiple of the 2 heads of k");
+  CHECK_FAILS(attend("dense", Case({1, 1, 1, 5, 4, 8, 8}).input(true)), Error,
+              "q: 5 queries, expected at most the 4 keys when causal");
+  CHECK_FAILS(attend("moba", Case({1, 1, 1, 5, 4, 8, 8}).input()), Error,
+              "q: 5 queries, expected at most the 4 keys when causal");
   CHECK_THROWS_AS(attend("dense", with([](AttendInput& in) { in.arithmetic = DType::f16; })), Error);
-  CHECK_THROWS_AS(attend("dense", with([](AttendInput& in) { in.scale = std::numeric_limits<float>::quiet_NaN(); })), Error);
+  CHECK_THROWS_AS(attend("dense", with([](AttendInput& in) { in.scale = std::numeric_limits<float>::quiet_NaN(); })),
+                  Error);
 }
 
 TEST_CASE("values beyond the length are clamped: the result is dense") {
   const Case c({1, 2, 1, 70, 90, 16, 16});
   const Naive dense = naive_attention(c, dense_sees(c, true));
   for (const std::string huge : {"91", "100000", "2147483647", "2147483648", "1099511627776", "9223372036854775807"})
-    for (const std::string& call : {"streaming:window=" + huge, "streaming:window=1,sink=" + huge, "moba:block=" + huge, "moba:block=16,top_k=" + huge,
-                                   "moba:block=16,top_k=1,sink=" + huge, "power:block=" + huge, "power:block=16,window_blocks=" + huge}) {
+    for (const std::string& call : {"streaming:window=" + huge, "streaming:window=1,sink=" + huge, "moba:block=" + huge,
+                                    "moba:block=16,top_k=" + huge, "moba:block=16,top_k=1,sink=" + huge,
+                                    "power:block=" + huge, "power:block=16,window_blocks=" + huge}) {
       CAPTURE(call);
       CHECK_AGREES(run(call, c.input()), dense, c);
     }
@@ -206,19 +219,24 @@ TEST_CASE("extra tensors are checked by name, type and shape") {
               "streaming: tensor bias is not one it reads, expected doc, key_mask");
   CHECK_FAILS(attend("dense", with("bias", {bias.data(), DType::f32, {2, 2, 6, 9}})), Error,
               "bias: shape = [2, 2, 6, 9], expected [B|1, Hq|1, N, M]");
-  CHECK_FAILS(attend("dense", with("bias", {bias.data(), DType::f32, {6, 9}})), Error, "bias: shape = [6, 9], expected [B|1, Hq|1, N, M]");
+  CHECK_FAILS(attend("dense", with("bias", {bias.data(), DType::f32, {6, 9}})), Error,
+              "bias: shape = [6, 9], expected [B|1, Hq|1, N, M]");
   CHECK_FAILS(attend("dense", with("doc", {doc.data(), DType::f32, {2, 9}})), Error, "doc: dtype = f32, expected i32");
-  CHECK_FAILS(attend("dense", with("doc", {doc.data(), DType::i32, {2, 6}})), Error, "doc: shape = [2, 6], expected [B, M]");
-  CHECK_FAILS(attend("streaming", with("key_mask", {mask.data(), DType::u8, {1, 9}})), Error, "key_mask: shape = [1, 9], expected [B, M]");
+  CHECK_FAILS(attend("dense", with("doc", {doc.data(), DType::i32, {2, 6}})), Error,
+              "doc: shape = [2, 6], expected [B, M]");
+  CHECK_FAILS(attend("streaming", with("key_mask", {mask.data(), DType::u8, {1, 9}})), Error,
+              "key_mask: shape = [1, 9], expected [B, M]");
   doc[4] = 8;
   CHECK_FAILS(attend("moba", with("doc", {doc.data(), DType::i32, {2, 9}})), Error,
               "doc = 3 at token 5, expected each document's tokens to stand together");
   bias[100] = -std::numeric_limits<float>::infinity();
   static_cast<void>(attend("dense", with("bias", {bias.data(), DType::f32, {2, 4, 6, 9}})));
   bias[7] = std::numeric_limits<float>::infinity();
-  CHECK_FAILS(attend("dense", with("bias", {bias.data(), DType::f32, {2, 4, 6, 9}})), Error, "bias: holds inf, expected finite values or -inf");
+  CHECK_FAILS(attend("dense", with("bias", {bias.data(), DType::f32, {2, 4, 6, 9}})), Error,
+              "bias: holds inf, expected finite values or -inf");
   bias[7] = std::numeric_limits<float>::quiet_NaN();
-  CHECK_FAILS(attend("dense", with("bias", {bias.data(), DType::f32, {2, 4, 6, 9}})), Error, "bias: holds nan, expected finite values or -inf");
+  CHECK_FAILS(attend("dense", with("bias", {bias.data(), DType::f32, {2, 4, 6, 9}})), Error,
+              "bias: holds nan, expected finite values or -inf");
 }
 
 TEST_CASE("a mechanism's own account is complete") {

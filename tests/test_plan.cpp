@@ -52,7 +52,8 @@ std::vector<std::uint8_t> count_pairs(const Plan& plan) {
   return counts;
 }
 
-void check_plan(const std::string& call, const Case& c, const AttendInput& in, const Sees& naive, const std::vector<char>& undecided = {}) {
+void check_plan(const std::string& call, const Case& c, const AttendInput& in, const Sees& naive,
+                const std::vector<char>& undecided = {}) {
   CAPTURE(call);
   const Plan plan = plan_of(MechanismCall::parse(call), in);
   const auto& s = c.size;
@@ -86,7 +87,11 @@ void check_plan(const std::string& call, const Case& c, const AttendInput& in, c
 }
 
 std::vector<Sizes> sizes() {
-  return {{1, 1, 1, 1, 1, 8, 8}, {2, 4, 2, 61, 61, 8, 4}, {1, 4, 1, 90, 301, 8, 8}, {1, 8, 8, 1, 333, 4, 4}, {1, 2, 1, 330, 330, 4, 4}};
+  return {{1, 1, 1, 1, 1, 8, 8},
+          {2, 4, 2, 61, 61, 8, 4},
+          {1, 4, 1, 90, 301, 8, 8},
+          {1, 8, 8, 1, 333, 4, 4},
+          {1, 2, 1, 330, 330, 4, 4}};
 }
 
 }  // namespace
@@ -95,14 +100,19 @@ TEST_CASE("every visible pair stands in exactly one tile") {
   for (const Sizes& s : sizes()) {
     const Case c(s, DType::f32, DType::f32, Layout::packed, 11);
     for (const bool causal : {false, true}) check_plan("dense", c, c.input(causal), dense_sees(c, causal));
-    for (const auto& [sink, window] : std::vector<std::pair<Index, Index>>{{0, 1}, {4, 50}, {100, 3}, {70, 70}, {4, 512}})
-      check_plan(fmt::format("streaming:sink={},window={}", sink, window), c, c.input(), streaming_sees(c, sink, window));
-    for (const auto& [block, window, sink] : std::vector<std::array<Index, 3>>{{1, 1, 0}, {7, 1, 1}, {16, 3, 1}, {64, 2, 0}, {300, 1, 1}})
+    for (const auto& [sink, window] :
+         std::vector<std::pair<Index, Index>>{{0, 1}, {4, 50}, {100, 3}, {70, 70}, {4, 512}})
+      check_plan(fmt::format("streaming:sink={},window={}", sink, window), c, c.input(),
+                 streaming_sees(c, sink, window));
+    for (const auto& [block, window, sink] :
+         std::vector<std::array<Index, 3>>{{1, 1, 0}, {7, 1, 1}, {16, 3, 1}, {64, 2, 0}, {300, 1, 1}})
       check_plan(fmt::format("power:block={},window_blocks={},sink_blocks={}", block, window, sink), c, c.input(),
                  power_sees(c, block, window, sink));
-    for (const auto& [block, top_k, sink] : std::vector<std::array<Index, 3>>{{1, 4, 0}, {7, 3, 0}, {16, 2, 20}, {64, 1, 3}, {50, 9, 1}}) {
+    for (const auto& [block, top_k, sink] :
+         std::vector<std::array<Index, 3>>{{1, 4, 0}, {7, 3, 0}, {16, 2, 20}, {64, 1, 3}, {50, 9, 1}}) {
       const MobaChoice moba = moba_sees(c, {.block = block, .top_k = top_k, .sink = sink});
-      check_plan(fmt::format("moba:block={},top_k={},sink={}", block, top_k, sink), c, c.input(), moba.sees, moba.undecided);
+      check_plan(fmt::format("moba:block={},top_k={},sink={}", block, top_k, sink), c, c.input(), moba.sees,
+                 moba.undecided);
     }
   }
 }
@@ -160,7 +170,8 @@ TEST_CASE("few queries over many keys: no tile is lost when the work is cut alon
         };
         check("dense", naive_attention(c, dense_sees(c, true)));
         check("streaming:sink=4,window=8000", naive_attention(c, streaming_sees(c, 4, 8000)));
-        check(fmt::format("streaming:sink=300,window={}", m - 301), naive_attention(c, streaming_sees(c, 300, m - 301)));
+        check(fmt::format("streaming:sink=300,window={}", m - 301),
+              naive_attention(c, streaming_sees(c, 300, m - 301)));
         check("power:block=4,window_blocks=2", naive_attention(c, power_sees(c, 4, 2, 1)));
         check("power:block=33,window_blocks=40", naive_attention(c, power_sees(c, 33, 40, 1)));
         check("moba:block=32,top_k=60", naive_moba(c, {.block = 32, .top_k = 60, .margin = 1e-6}));
@@ -174,7 +185,8 @@ TEST_CASE("few queries over many keys: no output depends on a later token") {
     for (const Index n : {4, 100}) {
       const Sizes s{1, 2, 1, n, 2600, 16, 8};
       const Case c(s, DType::f32, DType::f32, Layout::packed, 31);
-      for (const std::string call : {"dense", "streaming:sink=70,window=2300", "power:block=10,window_blocks=3", "moba:block=32,top_k=12"}) {
+      for (const std::string call :
+           {"dense", "streaming:sink=70,window=2300", "power:block=10,window_blocks=3", "moba:block=32,top_k=12"}) {
         const Got before = run(call, c.input(true));
         for (const Index t : {Index{0}, n / 2, n - 2}) {
           Case changed = c;
@@ -186,9 +198,11 @@ TEST_CASE("few queries over many keys: no output depends on a later token") {
           for (Index h = 0; h < 2; ++h)
             for (Index i = 0; i <= t; ++i) {
               const size_t row = static_cast<size_t>(h * s.N + i);
-              differing += std::memcmp(&before.o[row * 8], &after.o[row * 8], 32) != 0 || before.lse[row] != after.lse[row];
+              differing +=
+                  std::memcmp(&before.o[row * 8], &after.o[row * 8], 32) != 0 || before.lse[row] != after.lse[row];
             }
-          CHECK_MESSAGE(differing == 0, c.describe(), ": ", call, ", ", differing, " rows at or before ", t, " changed");
+          CHECK_MESSAGE(differing == 0, c.describe(), ": ", call, ", ", differing, " rows at or before ", t,
+                        " changed");
         }
       }
     }
@@ -200,14 +214,15 @@ TEST_CASE("a hand-made plan: lists, pages, bits, bands and a visible interval to
     const UseIsa use(isa);
     for (const DType arithmetic : {DType::f32, DType::bf16})
       for (const Lanes lanes : {Lanes::per_kv_head, Lanes::per_query_head})
-        for (const Sizes& s : {Sizes{2, 4, 2, 150, 600, 24, 16}, Sizes{1, 4, 1, 9, 600, 24, 16}, Sizes{1, 2, 2, 600, 600, 8, 8}}) {
+        for (const Sizes& s :
+             {Sizes{2, 4, 2, 150, 600, 24, 16}, Sizes{1, 4, 1, 9, 600, 24, 16}, Sizes{1, 2, 2, 600, 600, 8, 8}}) {
           const Case c(s, DType::f32, arithmetic);
           Plan plan = plan_of(MechanismCall::parse("dense"), c.input(false));
           plan.lanes = lanes;
           plan.cut_rows_every(100);
           const Index m = s.M;
-          // Columns [0, 77): bits. [77, 300): odd ones as a list, for every third row. [300, 580):
-          // every other page of 10, banded. [580, 600): all, for the last half of the block's rows.
+          // Columns [0, 77): bits. [77, 300): odd ones as a list, for every third row. [301, 581):
+          // every other page of 7, banded. [581, 600): all, for the last half of the block's rows.
           const auto bit = [](Index t, Index j) { return (t * 7 + j * 5) % 3 == 1; };
           plan.emit = [&](const RowBlock& rows, Tiles& tiles) {
             const auto words = tiles.take<std::uint64_t>(rows.rows * 2);
@@ -228,10 +243,10 @@ TEST_CASE("a hand-made plan: lists, pages, bits, bands and a visible interval to
             };
             tiles.add(Set::list(keep(thirds)), Set::list(keep(odd)), Mask::full());
             std::vector<std::int32_t> pages;
-            for (std::int32_t i = 0; i < 28; i += 2) pages.push_back(i);
-            // The last page is cut: 5 of its 10 columns.
-            tiles.add(Set::range(0, rows.rows), Set{300, 135, keep(pages).data(), 10}, Mask::band(-200, -20));
-            tiles.add(Set::range(rows.rows / 2, rows.rows), Set::range(580, 600), Mask::full());
+            for (std::int32_t i = 0; i < 40; i += 2) pages.push_back(i);
+            // The last page is cut: 4 of its 7 columns.
+            tiles.add(Set::range(0, rows.rows), Set{301, 137, keep(pages).data(), 7}, Mask::band(-200, -20));
+            tiles.add(Set::range(rows.rows / 2, rows.rows), Set::range(581, 600), Mask::full());
           };
           plan.visible_first.assign(static_cast<size_t>(s.B * m), 20);
           plan.visible_end.assign(static_cast<size_t>(s.B * m), 590);
@@ -246,7 +261,7 @@ TEST_CASE("a hand-made plan: lists, pages, bits, bands and a visible interval to
             if (j < 20 || j >= plan.visible_end[static_cast<size_t>(b * m + p)]) return false;
             if (j < 77) return bit(t, j);
             if (j < 300) return t % 3 == 0 && j % 2 == 1;
-            if (j < 580) return (j - 300) / 10 % 2 == 0 && j < 565 && j >= p - 200 && j <= p - 20;
+            if (j < 581) return j > 300 && (j - 301) / 7 % 2 == 0 && j < 571 && j >= p - 200 && j <= p - 20;
             return t >= half_of(t);
           };
           const Naive want = naive_attention(c, naive);
@@ -258,7 +273,8 @@ TEST_CASE("a hand-made plan: lists, pages, bits, bands and a visible interval to
           for (Index b = 0; b < s.B; ++b)
             for (Index h = 0; h < s.Hq; ++h)
               for (Index t = 0; t < s.N; ++t)
-                for (Index j = 0; j < m; ++j, ++at) wrong += counts[static_cast<size_t>(at)] != (naive(b, h, t, j) ? 1 : 0);
+                for (Index j = 0; j < m; ++j, ++at)
+                  wrong += counts[static_cast<size_t>(at)] != (naive(b, h, t, j) ? 1 : 0);
           CHECK(wrong == 0);
         }
   }
@@ -271,7 +287,8 @@ TEST_CASE("log-weights and positions belong to a source's columns") {
     Plan plan = plan_of(MechanismCall::parse("dense"), c.input(false));
     std::vector<float> weight(200);
     std::vector<std::int32_t> place(200);
-    for (size_t j = 0; j < 200; ++j) weight[j] = std::log(1.0f + static_cast<float>(j % 7)), place[j] = static_cast<std::int32_t>(2 * j - j % 2);
+    for (size_t j = 0; j < 200; ++j)
+      weight[j] = std::log(1.0f + static_cast<float>(j % 7)), place[j] = static_cast<std::int32_t>(2 * j - j % 2);
     plan.sources[0].views[0].log_weight = weight.data();
     plan.sources[0].views[0].position = place.data();
     plan.rule.alibi = {0.02f, 0.1f};
@@ -287,7 +304,8 @@ TEST_CASE("log-weights and positions belong to a source's columns") {
       };
       NaiveOptions options;
       options.change = [&](Index, Index h, Index t, Index j, double x) {
-        return x + weight[static_cast<size_t>(j)] + (h == 0 ? 0.02f : 0.1f) * static_cast<double>(place[static_cast<size_t>(j)] - position(c, t));
+        return x + weight[static_cast<size_t>(j)] +
+               (h == 0 ? 0.02f : 0.1f) * static_cast<double>(place[static_cast<size_t>(j)] - position(c, t));
       };
       CHECK_AGREES(run(plan), naive_attention(c, naive, options), c);
     }
@@ -298,21 +316,26 @@ TEST_CASE("rows may stand in any order and a query in several rows") {
   for (const std::string& isa : available_isas()) {
     const UseIsa use(isa);
     const Case c({2, 4, 2, 60, 90, 16, 16});
+    const Naive whole = naive_attention(c, dense_sees(c, true));
     Plan plan = plan_of(MechanismCall::parse("dense"), c.input(true));
     plan.lanes = Lanes::per_query_head;
-    // 100 rows: token (3·i + head) % 60, so some come twice. Rows do not ascend: each is its own tile.
-    for (Index lane = 0; lane < 8; ++lane) {
-      std::vector<std::int32_t> order;
-      for (Index i = 0; i < 100; ++i) order.push_back(static_cast<std::int32_t>((7 * i + lane) % 60));
-      plan.row_tokens.push_back(order);
-    }
-    plan.cuts = {0, 30, 31, 100};
     plan.emit = [&](const RowBlock& rows, Tiles& tiles) {
       tiles.add(Set::range(0, rows.rows), Set::range(0, 90), Mask::causal());
     };
+    // A permutation, another one for each head: the output is in the order of tokens.
+    for (Index lane = 0; lane < 8; ++lane) {
+      plan.row_tokens.emplace_back();
+      for (Index i = 0; i < 60; ++i) plan.row_tokens.back().push_back(static_cast<std::int32_t>((7 * i + lane) % 60));
+    }
+    plan.cuts = {0, 30, 31, 60};
+    CHECK_AGREES(run(plan), whole, c);
+    // 100 rows, so that tokens stand in several: the output is in the order of rows.
+    for (size_t lane = 0; lane < 8; ++lane)
+      for (Index i = 60; i < 100; ++i) plan.row_tokens[lane].push_back(static_cast<std::int32_t>(i * i % 60));
+    plan.cuts.push_back(100);
+    plan.output_by_token = false;
     REQUIRE(plan.rows_per_head() == 100);
     const Got got = run(plan);
-    const Naive whole = naive_attention(c, dense_sees(c, true));
     double worst = 0;
     for (size_t lane = 0; lane < 8; ++lane)
       for (size_t i = 0; i < 100; ++i) {
@@ -335,7 +358,8 @@ TEST_CASE("a cache that grew in pieces holds what it was given at once") {
       KeyValues cache(2, 33, 20, 300, arithmetic);
       const auto part = [](const Sample& x, Index from, Index to) {
         const TensorView v = x.view();
-        return TensorView(v.at({0, 0, from, 0}), v.dtype, {2, to - from, v.shape[3]}, {v.stride[1], v.stride[2], v.stride[3]});
+        return TensorView(v.at({0, 0, from, 0}), v.dtype, {2, to - from, v.shape[3]},
+                          {v.stride[1], v.stride[2], v.stride[3]});
       };
       const auto grow = [&](Index from, Index to) { cache.append(part(c.k, from, to), part(c.v, from, to)); };
       grow(0, 1), grow(1, 63), grow(63, 66), grow(66, 66), grow(66, 150), grow(150, 211);
@@ -350,6 +374,16 @@ TEST_CASE("a cache that grew in pieces holds what it was given at once") {
             for (Index e = 0; e < 20; ++e) wrong += value[static_cast<size_t>(e)] != c.v_at(0, h, j, e);
           }
         CHECK(wrong == 0);
+        const KeyRows rows = cache.key_rows();
+        for (Index h = 0; h < 2; ++h)
+          for (Index j = 0; j < cache.size(); ++j)
+            for (Index d = 0; d < cache.layout().dp; ++d) {
+              const double want = d < 33 ? c.k_at(0, h, j, d) : 0;
+              if (cache.layout().dtype == DType::f32)
+                wrong += reinterpret_cast<const float*>(rows.row(h, j))[d] != want;
+              else wrong += to_f32(reinterpret_cast<const bf16*>(rows.row(h, j))[d]) != want;
+            }
+        CHECK(wrong == 0);
         for (const Index block : {1, 10, 64, 100}) {
           const BlockSums& sums = cache.block_sums(block);
           CHECK(sums.complete == cache.size() / block);
@@ -359,7 +393,8 @@ TEST_CASE("a cache that grew in pieces holds what it was given at once") {
               for (Index d = 0; d < 33; ++d) {
                 double want = 0;
                 for (Index j = b * block; j < (b + 1) * block; ++j) want += c.k_at(0, h, j, d);
-                worst = std::max(worst, std::fabs(sums.sums[static_cast<size_t>((h * sums.capacity + b) * 33 + d)] - want));
+                worst =
+                    std::max(worst, std::fabs(sums.sums[static_cast<size_t>((h * sums.capacity + b) * 33 + d)] - want));
               }
           CHECK(worst < 1e-4);
         }

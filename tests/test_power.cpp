@@ -19,8 +19,9 @@ namespace {
 std::vector<std::vector<Index>> columns_by_block(Index n, Index block, Index window_blocks, Index sink_blocks) {
   const Case c({1, 1, 1, n * block, n * block, 1, 1});
   const AttendInput in = c.input();
-  const Plan plan = plan_of(
-      MechanismCall::parse(fmt::format("power:block={},window_blocks={},sink_blocks={}", block, window_blocks, sink_blocks)), in);
+  const Plan plan = plan_of(MechanismCall::parse(fmt::format("power:block={},window_blocks={},sink_blocks={}", block,
+                                                             window_blocks, sink_blocks)),
+                            in);
   std::vector<std::set<Index>> seen(static_cast<size_t>(n));
   walk(plan, [&](const RowBlock& rows, const std::vector<Tile>& tiles) {
     for (const Tile& tile : tiles)
@@ -55,7 +56,8 @@ std::vector<Index> reached_after(const std::vector<std::vector<Index>>& columns)
 
 /// On every instruction set.
 void check_power(const Case& c, Index block, Index window_blocks, Index sink_blocks) {
-  const std::string call = fmt::format("power:block={},window_blocks={},sink_blocks={}", block, window_blocks, sink_blocks);
+  const std::string call =
+      fmt::format("power:block={},window_blocks={},sink_blocks={}", block, window_blocks, sink_blocks);
   CAPTURE(call);
   const Naive want = naive_attention(c, power_sees(c, block, window_blocks, sink_blocks));
   for (const std::string& isa : available_isas()) {
@@ -95,7 +97,9 @@ TEST_CASE("power with a window of all blocks is dense") {
 
 TEST_CASE("power with single-token blocks and no window is the pure pattern") {
   const Case c({1, 2, 1, 300, 300, 16, 16});
-  const Sees pure = [](Index, Index, Index t, Index j) { return j <= t && (t == j || std::has_single_bit(static_cast<unsigned>(t - j))); };
+  const Sees pure = [](Index, Index, Index t, Index j) {
+    return j <= t && (t == j || std::has_single_bit(static_cast<unsigned>(t - j)));
+  };
   const Got got = run("power:block=1,window_blocks=1,sink_blocks=0", c.input());
   const Naive want = naive_attention(c, pure);
   CHECK_AGREES(got, want, c);
@@ -103,7 +107,8 @@ TEST_CASE("power with single-token blocks and no window is the pure pattern") {
 }
 
 TEST_CASE("power: a row of blocks is short") {
-  for (const auto& [n, w, sink] : std::vector<std::array<Index, 3>>{{128, 5, 1}, {128, 1, 0}, {100, 3, 1}, {257, 1, 1}}) {
+  for (const auto& [n, w, sink] :
+       std::vector<std::array<Index, 3>>{{128, 5, 1}, {128, 1, 0}, {100, 3, 1}, {257, 1, 1}}) {
     const auto columns = columns_by_block(n, 1, w, sink);
     for (Index i = 0; i < n; ++i) {
       std::set<Index> want;
@@ -111,7 +116,8 @@ TEST_CASE("power: a row of blocks is short") {
       for (Index d = 1; d <= i; d *= 2) want.insert(i - d);
       if (sink == 1) want.insert(0);
       CHECK(columns[static_cast<size_t>(i)] == std::vector<Index>(want.begin(), want.end()));
-      CHECK(static_cast<Index>(columns[static_cast<size_t>(i)].size()) <= w + 1 + std::bit_width(static_cast<unsigned long>(n)) - 1);
+      CHECK(static_cast<Index>(columns[static_cast<size_t>(i)].size()) <=
+            w + 1 + std::bit_width(static_cast<unsigned long>(n)) - 1);
     }
   }
   CHECK(columns_by_block(128, 3, 5, 1).back().size() == 10);
@@ -211,7 +217,8 @@ TEST_CASE("power: no output depends on a later token") {
       for (Index h = 0; h < 2; ++h)
         for (Index i = 0; i <= t; ++i) {
           const size_t row = static_cast<size_t>(h * s.N + i);
-          differing += std::memcmp(&before.o[row * 16], &after.o[row * 16], 64) != 0 || before.lse[row] != after.lse[row];
+          differing +=
+              std::memcmp(&before.o[row * 16], &after.o[row * 16], 64) != 0 || before.lse[row] != after.lse[row];
         }
       CHECK_MESSAGE(differing == 0, differing, " rows at or before ", t, " changed");
     }

@@ -24,10 +24,8 @@ class Environment {
     setenv("HEED_THREADS", value, 1);
   }
   ~Environment() {
-    if (had_)
-      setenv("HEED_THREADS", before_.c_str(), 1);
-    else
-      unsetenv("HEED_THREADS");
+    if (had_) setenv("HEED_THREADS", before_.c_str(), 1);
+    else unsetenv("HEED_THREADS");
   }
 
  private:
@@ -66,8 +64,11 @@ TEST_CASE("units on one thread never overlap") {
 TEST_CASE("an exception reaches the caller and later loops still work") {
   for (const int n : {1, 3}) {
     const UseThreads use(n);
-    CHECK_FAILS(parallel_for(100, [](Index unit, int) { if (unit == 40) fail("unit = {}, expected another", unit); }), Error,
-                "unit = 40, expected another");
+    CHECK_FAILS(parallel_for(100,
+                             [](Index unit, int) {
+                               if (unit == 40) fail("unit = {}, expected another", unit);
+                             }),
+                Error, "unit = 40, expected another");
     std::atomic<Index> sum{0};
     parallel_for(10, [&](Index unit, int) { sum += unit; });
     CHECK(sum == 45);

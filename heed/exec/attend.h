@@ -34,7 +34,10 @@ AttendStats attend(const Plan& plan, const AttendTarget& target);
 
 /// The plan walked without arithmetic: visits every tile of every row block, in order, from one
 /// thread. `heads` of a block that share its tiles are visited once.
-void walk(const Plan& plan, const std::function<void(const RowBlock&, const std::vector<Tile>&)>& visit);
+using TileVisitor = std::function<void(const RowBlock&, const std::vector<Tile>&)>;
+void walk(const Plan& plan, const TileVisitor& visit);
+/// The same for one query head; where heads share tiles, for the heads it shares them with.
+void walk_head(const Plan& plan, Index b, Index head, const TileVisitor& visit);
 
 /// True when row `rank` of the block sees column `rank_c` of the tile (mask, visible interval and
 /// the source's own bits together). For pictures and probes; the executor works on intervals.

@@ -42,11 +42,11 @@ struct Traversal::Extent {
 
 void Traversal::run(const Rows& rows, const std::vector<Tile>& tiles, Index split, Index split_chunks,
                     AttendStats& stats) {
-  split_ = split, split_chunks_ = split_chunks, next_chunk_ = 0;
+  split_ = split, split_chunks_ = split_chunks;
   for (const Tile& tile : tiles) {
     const Scratch::Mark mark(scratch_);
     const Index before = stats.panels_visited;
-    const bool owner = next_chunk_ / split_chunks_ == split_;  // a tile that splits share counts once
+    const bool owner = mine(tile.columns.contiguous() ? tile.columns.first : 0);  // a tile that splits share counts once
     run_tile(rows, tile, stats);
     stats.tiles_visited += owner && stats.panels_visited > before ? 1 : 0;
   }
@@ -115,7 +115,7 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
   if (!tile.columns.contiguous()) {
     // A list is packed, in pieces of one chunk; then it is a range of its own.
     for (Index from = 0; from < tile.columns.count; from += chunk_columns) {
-      if (!mine()) continue;
+      if (!mine(from)) continue;
       const Scratch::Mark mark(scratch_);
       const Index count = std::min(chunk_columns, tile.columns.count - from);
       const SourceView piece = gather_columns(source.layout, view, tile.columns, from, count, scratch_);
@@ -130,7 +130,7 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
   if (tile.gate >= 0 && end - base > chunk_columns)
     fail("block = {}, expected a landmark's block to fit in {} columns", tile.columns.count, chunk_columns - panel_columns);
   for (Index chunk = base; chunk < end; chunk += chunk_columns)
-    if (mine())
+    if (mine(chunk))
       run_chunk(rows, tile, extent, view, first, std::max(first, chunk) - first,
                 std::min(end, chunk + chunk_columns) - first, stats);
 }

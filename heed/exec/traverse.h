@@ -7,7 +7,8 @@
 namespace heed {
 
 /// Walks the tiles of a block for rows that may be cut into splits of `split_chunks` chunks each.
-/// Chunks are counted over the block's tiles, in order; a split visits its own only.
+/// A chunk belongs to a split by its place in its source (a list's: in the list) and not by which
+/// other tiles there are, so a row's bits do not depend on what the block's other rows see.
 class Traversal {
  public:
   Traversal(const Plan& plan, Scratch& scratch) : plan_(plan), scratch_(scratch) {}
@@ -20,11 +21,11 @@ class Traversal {
   void run_tile(const Rows& rows, const Tile& tile, AttendStats& stats);
   void run_chunk(const Rows& rows, const Tile& tile, const Extent& extent, const SourceView& view, Index columns_first,
                  Index from, Index to, AttendStats& stats);
-  bool mine() { return next_chunk_++ / split_chunks_ == split_; }
+  bool mine(Index column) const { return column / chunk_columns / split_chunks_ == split_; }
 
   const Plan& plan_;
   Scratch& scratch_;
-  Index split_ = 0, split_chunks_ = 1, next_chunk_ = 0;
+  Index split_ = 0, split_chunks_ = 1;
 };
 
 }  // namespace heed

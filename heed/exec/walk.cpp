@@ -5,26 +5,31 @@
 
 namespace heed {
 
-void walk(const Plan& plan, const std::function<void(const RowBlock&, const std::vector<Tile>&)>& visit) {
+void walk_head(const Plan& plan, Index b, Index head, const TileVisitor& visit) {
   const Problem& p = plan.problem;
   const bool per_query = plan.lanes == Lanes::per_query_head;
-  const Index step = per_query ? 1 : p.group();
+  Scratch& scratch = thread_scratch();
   std::vector<Tile> reused;
+  for (size_t cut = 0; cut + 1 < plan.cuts.size(); ++cut) {
+    RowBlock block;
+    block.b = b, block.kv_head = head / p.group();
+    block.head = per_query ? head : block.kv_head * p.group();
+    block.first = plan.cuts[cut], block.rows = plan.cuts[cut + 1] - plan.cuts[cut];
+    block.position0 = p.position(0);
+    if (!plan.row_tokens.empty())
+      block.tokens = plan.row_tokens[static_cast<size_t>(per_query ? b * p.Hq + head : b * p.Hk + block.kv_head)].data();
+    const Scratch::Mark mark(scratch);
+    Tiles tiles(scratch, reused);
+    plan.emit(block, tiles);
+    visit(block, tiles.list());
+  }
+}
+
+void walk(const Plan& plan, const TileVisitor& visit) {
+  const Problem& p = plan.problem;
+  const Index step = plan.lanes == Lanes::per_query_head ? 1 : p.group();
   for (Index b = 0; b < p.B; ++b)
-    for (Index head = 0; head < p.Hq; head += step)
-      for (size_t cut = 0; cut + 1 < plan.cuts.size(); ++cut) {
-        RowBlock block;
-        block.b = b, block.head = head, block.kv_head = head / p.group();
-        block.first = plan.cuts[cut], block.rows = plan.cuts[cut + 1] - plan.cuts[cut];
-        block.position0 = p.position(0);
-        if (!plan.row_tokens.empty())
-          block.tokens = plan.row_tokens[static_cast<size_t>(per_query ? b * p.Hq + head : b * p.Hk + block.kv_head)].data();
-        Scratch& scratch = thread_scratch();
-        const Scratch::Mark mark(scratch);
-        Tiles tiles(scratch, reused);
-        plan.emit(block, tiles);
-        visit(block, tiles.list());
-      }
+    for (Index head = 0; head < p.Hq; head += step) walk_head(plan, b, head, visit);
 }
 
 bool sees(const Plan& plan, const RowBlock& rows, const Tile& tile, Index row_rank, Index column_rank) {

@@ -2,6 +2,7 @@
 // the largest dot product with it.
 // "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv:2502.13189.
 
+#include <algorithm>
 #include <memory>
 
 #include "heed/mechanism/documents.h"
@@ -26,7 +27,8 @@ std::vector<std::vector<BlockRange>> cut_blocks(const Documents& documents, Inde
 
 // Scoring takes N · M / block · D / 2 multiply-adds; an emitted block holds O(rows · top_k) indices.
 Plan plan_moba(const Params& p, const Inputs& in) {
-  const Index block = p.integer("block"), past_k = p.integer("top_k") - 1, sink = p.integer("sink");
+  const Index block = p.integer("block"), sink = p.integer("sink");
+  const Index past_k = std::min(p.integer("top_k") - 1, in.problem.M);  // never more blocks than tokens
   const Ties ties = p.text("tie") == "lower" ? Ties::lower : Ties::higher;
 
   Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);  // every head chooses for itself

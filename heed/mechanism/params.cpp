@@ -172,7 +172,7 @@ const std::string& Params::value(std::string_view name) const {
 Index Params::integer(std::string_view name) const {
   Index x = 0;
   parse_integer(value(name), x);
-  return x;
+  return std::min(x, Index{1} << 40);  // beyond any length, and sums and round-ups cannot overflow
 }
 
 double Params::number(std::string_view name) const {

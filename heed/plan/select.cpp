@@ -63,7 +63,11 @@ Index choose_top(const float* scores, Index n, Index k, Ties ties, std::int32_t*
   while (low < high) {
     const auto middle = static_cast<std::int32_t>(low + (static_cast<std::int64_t>(high) - low) / 2);
     const Index count = count_above(middle);
-    if (count >= k) {
+    if (count == k) {
+      high = middle, above = k;
+      break;
+    }
+    if (count > k) {
       low = middle + 1;
     } else {
       high = middle, above = count;

@@ -50,10 +50,8 @@ Sample::Sample(DType dtype, Index b, Index h, Index t, Index d, Layout layout, s
   Index last = 1, gap = 0;
   if (layout == Layout::scattered) last = 2, gap = 3;
   const Index row = d * last + gap;
-  if (layout == Layout::tokens)
-    stride_ = {t * h * row, row, h * row, last};
-  else
-    stride_ = {h * (t * row + gap) + gap, t * row + gap, row, last};
+  if (layout == Layout::tokens) stride_ = {t * h * row, row, h * row, last};
+  else stride_ = {h * (t * row + gap) + gap, t * row + gap, row, last};
   if (layout == Layout::reversed) {
     base_ = (t - 1) * row;
     stride_[2] = -row;
@@ -114,9 +112,7 @@ void Sample::set(Index b, Index h, Index t, Index d, double value) {
 }
 
 Case::Case(const Sizes& sizes, DType element, DType math, Layout layout, std::uint64_t seed, double amplitude)
-    : size(sizes),
-      dtype(element),
-      arithmetic(math),
+    : size(sizes), dtype(element), arithmetic(math),
       q(element, sizes.B, sizes.Hq, sizes.N, sizes.D, layout, 3 * seed, amplitude),
       k(element, sizes.B, sizes.Hk, sizes.M, sizes.D, layout, 3 * seed + 1, amplitude),
       v(element, sizes.B, sizes.Hk, sizes.M, sizes.Dv, layout, 3 * seed + 2, amplitude) {}

@@ -66,10 +66,10 @@ double tolerance(DType arithmetic);
 }  // namespace heed::test
 
 /// Compares and shows the worst element when it fails.
-#define CHECK_AGREES(got, want, c)                                                                                    \
-  do {                                                                                                                \
-    const std::string differs_ = heed::test::difference(got, want, c, heed::test::tolerance((c).arithmetic));        \
-    CHECK_MESSAGE(differs_.empty(), (c).describe(), ": ", differs_);                                                 \
+#define CHECK_AGREES(got, want, c)                                                                            \
+  do {                                                                                                        \
+    const std::string differs_ = heed::test::difference(got, want, c, heed::test::tolerance((c).arithmetic)); \
+    CHECK_MESSAGE(differs_.empty(), (c).describe(), ": ", differs_);                                          \
   } while (false)
 
 /// The call throws `type` with exactly this line.

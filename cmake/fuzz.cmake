@@ -1,0 +1,13 @@
+# One libFuzzer target a file of tests/fuzz, all of them in the target `fuzzers`; `make fuzz` runs them.
+if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  message(FATAL_ERROR "HEED_FUZZ = ON with the compiler ${CMAKE_CXX_COMPILER}, expected clang++")
+endif()
+add_custom_target(fuzzers)
+file(GLOB HEED_FUZZERS CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/tests/fuzz/fuzz_*.cpp)
+foreach(source ${HEED_FUZZERS})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} ${source})
+  target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+  target_link_libraries(${name} PRIVATE heed_model heed_options)
+  add_dependencies(fuzzers ${name})
+endforeach()

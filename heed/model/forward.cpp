@@ -1,0 +1,196 @@
+#include "heed/model/forward.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "heed/base/threads.h"
+
+namespace heed::model {
+namespace {
+
+// Rows that a thread takes at a time in row-by-row work.
+constexpr Index row_step = 16;
+
+template <class Body>
+void for_rows(Index n, const Body& body) {
+  parallel_for(ceil_div(n, row_step), [&](Index unit, int) {
+    for (Index r = unit * row_step; r < std::min(n, (unit + 1) * row_step); ++r) body(r);
+  });
+}
+
+Index padded(Index n) { return round_up(n, 16); }
+
+}  // namespace
+
+Chosen::Chosen(const MechanismCall& call)
+    : mechanism(&find_mechanism(call.name)), params(mechanism->name, mechanism->params, call.params) {}
+
+Forward::Forward(const Model& model, DType kv, Index context)
+    : w_(model.weights()),
+      info_(model.info()),
+      kv_(kv),
+      context_(context),
+      width_(padded(info_.width)),
+      query_width_(padded(info_.heads * info_.head_size)),
+      kv_width_(padded(info_.kv_heads * info_.head_size)),
+      ffn_width_(padded(info_.ffn)),
+      global_(info_.head_size, info_.rope_base, w_.rope_pairs),
+      local_(info_.head_size, info_.rope_base_local, w_.rope_pairs) {
+  keys_.reserve(static_cast<size_t>(info_.layers));
+  for (Index i = 0; i < info_.layers; ++i)
+    keys_.emplace_back(info_.kv_heads, info_.head_size, info_.head_size, context, kv);
+}
+
+void Forward::truncate(Index size) {
+  for (KeyValues& kv : keys_)
+    if (kv.size() > size) kv.truncate(size);
+}
+
+void Forward::embed(const Token* tokens, Index n, float* x) {
+  for_rows(n, [&](Index r) {
+    float* row = x + r * width_;
+    w_.embedding.read_row(tokens[r], row);
+    for (Index i = 0; i < info_.width; ++i) row[i] *= info_.embedding_scale;
+  });
+}
+
+void Forward::norm_rows(const float* x, const std::vector<float>& weight, Index n, float* out) const {
+  for_rows(n, [&](Index r) {
+    kernels().rms_norm(x + r * width_, weight.data(), info_.width, static_cast<float>(info_.rms_eps), out + r * width_);
+  });
+}
+
+// sum += x, or the norm of x where there is one after the sub-layer. x is overwritten then.
+void Forward::add_rows(const float* x, const std::vector<float>& norm, Index n, float* sum) {
+  float* const scratch = projected_.data();
+  for_rows(n, [&](Index r) {
+    const float* row = x + r * width_;
+    if (!norm.empty()) {
+      kernels().rms_norm(row, norm.data(), info_.width, static_cast<float>(info_.rms_eps), scratch + r * width_);
+      row = scratch + r * width_;
+    }
+    float* to = sum + r * width_;
+    for (Index i = 0; i < info_.width; ++i) to[i] += row[i];
+  });
+}
+
+void Forward::multiply(const float* x, Index columns, Index ldx, Index n, std::initializer_list<Linear::Job> jobs) {
+  const Stopwatch watch(stats.linear_s);
+  activations_.assign(x, n, columns, w_.arithmetic, ldx);
+  Linear::apply_all(activations_, {jobs.begin(), jobs.size()});
+}
+
+void Forward::project(Index layer, const float* x, Index n, Index position, float* q) {
+  const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+  const bool local = info_.local[static_cast<size_t>(layer)];
+  Rope& rope = local ? local_ : global_;
+  rope.reach(position + n, context_);
+  normed_.reach(n * width_), k_.reach(n * kv_width_), v_.reach(n * kv_width_);
+
+  norm_rows(x, w.attn_norm, n, normed_.data());
+  multiply(normed_.data(), info_.width, width_, n,
+           {{&w.q, q, query_width_}, {&w.k, k_.data(), kv_width_}, {&w.v, v_.data(), kv_width_}});
+  const Index d = info_.head_size;
+  const auto prepare = [&](float* row, Index heads, const std::vector<float>& norm, Index r) {
+    if (!norm.empty())
+      for (Index h = 0; h < heads; ++h)
+        kernels().rms_norm(row + h * d, norm.data(), d, static_cast<float>(info_.rms_eps), row + h * d);
+    rope.turn(row, heads, position + r);
+  };
+  for_rows(n, [&](Index r) {
+    prepare(q + r * query_width_, info_.heads, w.q_norm, r);
+    prepare(k_.data() + r * kv_width_, info_.kv_heads, w.k_norm, r);
+  });
+
+  const Stopwatch watch(stats.attention_s);
+  const Shape shape{info_.kv_heads, n, d}, stride{d, kv_width_, 1};
+  keys_[static_cast<size_t>(layer)].append({k_.data(), DType::f32, shape, stride}, {v_.data(), DType::f32, shape, stride});
+}
+
+void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, float* out, bool counted) {
+  const Stopwatch watch(stats.attention_s);
+  const KeyValues& kv = keys_[static_cast<size_t>(layer)];
+  const Index d = info_.head_size;
+  Inputs in;
+  in.problem = {.B = 1, .Hq = info_.heads, .Hk = info_.kv_heads, .N = n, .M = kv.size(), .D = d, .Dv = d, .causal = true};
+  in.rule.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
+  in.q = Queries({q, DType::f32, {1, info_.heads, n, d}, {n * query_width_, d, query_width_, 1}}, kv_);
+  in.kv = &kv;
+  double plan_s = 0;
+  const Plan plan = [&] {
+    const Stopwatch planning(plan_s);
+    return how.mechanism->plan(how.params, in);
+  }();
+  if (observer) observer(layer, plan);
+  if (plan.rows_per_head() != n)
+    fail("{}: {} query rows a head, expected {}: one for each token of a model", how.mechanism->name, plan.rows_per_head(), n);
+
+  AttendStats done;
+  if (plan.row_tokens.empty()) {
+    done = heed::attend(plan, {.o = out, .stride_h = d, .stride_row = query_width_});
+  } else {
+    lanes_.reach(info_.heads * n * d);
+    done = heed::attend(plan, {.o = lanes_.data(), .stride_h = n * d, .stride_row = d});
+    scatter(plan, n, out);
+  }
+  stats.plan_s += plan_s + done.plan_s;
+  done.plan_s += plan_s;
+  if (!counted) return;
+  stats.attend += done;
+  stats.dense_pairs += dense_pairs(in.problem);
+}
+
+// Rows in a mechanism's own order go home to their tokens.
+void Forward::scatter(const Plan& plan, Index n, float* out) {
+  const Index d = info_.head_size;
+  for_rows(n, [&](Index r) {
+    for (Index head = 0; head < info_.heads; ++head) {
+      const Index lane = plan.lanes == Lanes::per_query_head ? head : head / plan.problem.group();
+      const auto& tokens = plan.row_tokens[static_cast<size_t>(lane)];
+      const Index token = tokens.empty() ? r : tokens[static_cast<size_t>(r)];
+      std::copy_n(lanes_.data() + (head * n + r) * d, d, out + token * query_width_ + head * d);
+    }
+  });
+}
+
+void Forward::finish(Index layer, const float* mixed, Index n, float* x) {
+  const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
+  normed_.reach(n * width_), projected_.reach(n * width_), gate_.reach(n * ffn_width_), up_.reach(n * ffn_width_);
+
+  multiply(mixed, info_.heads * info_.head_size, query_width_, n, {{&w.o, projected_.data(), width_}});
+  add_rows(projected_.data(), w.post_attn_norm, n, x);
+
+  norm_rows(x, w.ffn_norm, n, normed_.data());
+  multiply(normed_.data(), info_.width, width_, n, {{&w.gate, gate_.data(), ffn_width_}, {&w.up, up_.data(), ffn_width_}});
+  const auto activate = w_.gelu ? kernels().gelu_mul : kernels().silu_mul;
+  for_rows(n, [&](Index r) {
+    float* gate = gate_.data() + r * ffn_width_;
+    activate(gate, up_.data() + r * ffn_width_, info_.ffn, gate);
+  });
+  multiply(gate_.data(), info_.ffn, ffn_width_, n, {{&w.down, projected_.data(), width_}});
+  add_rows(projected_.data(), w.post_ffn_norm, n, x);
+}
+
+void Forward::output_norm(const float* x, Index n, float* out) { norm_rows(x, w_.output_norm, n, out); }
+
+void Forward::logits(const float* normed, std::vector<float>& out) {
+  const Index columns = padded(info_.vocabulary);
+  logits_.reach(columns);
+  activations_.assign(normed, 1, info_.width, w_.arithmetic, width_);
+  w_.output.apply(activations_, logits_.data(), columns);
+  out.assign(logits_.data(), logits_.data() + info_.vocabulary);
+}
+
+Index Forward::kv_bytes() const {
+  Index sum = 0;
+  for (const KeyValues& kv : keys_) sum += kv.bytes();
+  return sum;
+}
+
+Index Forward::activation_bytes() const {
+  Index sum = activations_.bytes() + global_.bytes() + local_.bytes();
+  for (const Buffer<float>* b : {&normed_, &k_, &v_, &projected_, &gate_, &up_, &lanes_, &logits_}) sum += b->bytes();
+  return sum;
+}
+
+}  // namespace heed::model

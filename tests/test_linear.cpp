@@ -1,0 +1,118 @@
+// Linear layers against sums in f64, for every instruction set of the machine.
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "heed/base/random.h"
+#include "heed/model/linear.h"
+#include "support/cases.h"
+
+using namespace heed;
+using namespace heed::model;
+
+namespace {
+
+struct Matrix {
+  Index rows, columns;
+  std::vector<float> values;
+
+  Matrix(Index r, Index c, std::uint64_t seed) : rows(r), columns(c) {
+    Random random(seed);
+    for (Index i = 0; i < r * c; ++i) values.push_back(static_cast<float>(random.normal()));
+  }
+  GgufTensor tensor() const {
+    return {"w", WeightFormat::f32, {rows, columns}, std::as_bytes(std::span(values))};
+  }
+  double at(Index r, Index c, DType arithmetic) const {
+    const double x = values[static_cast<size_t>(r * columns + c)];
+    return arithmetic == DType::bf16 ? test::nearest_bf16(x) : x;
+  }
+};
+
+constexpr float untouched = -12345;
+
+// Largest |y - reference|, and whether anything beside the rows' padding was written.
+double worst(const Matrix& w, const Matrix& x, DType arithmetic, const std::vector<float>& y, Index ldy) {
+  double most = 0;
+  for (Index r = 0; r < x.rows; ++r)
+    for (Index o = 0; o < w.rows; ++o) {
+      double sum = 0;
+      for (Index i = 0; i < w.columns; ++i) sum += x.at(r, i, arithmetic) * w.at(o, i, arithmetic);
+      const double e = std::abs(sum - static_cast<double>(y[static_cast<size_t>(r * ldy + o)]));
+      most = std::isnan(e) ? std::numeric_limits<double>::infinity() : std::max(most, e);
+    }
+  for (Index r = 0; r < x.rows; ++r)
+    for (Index o = round_up(w.rows, Index{16}); o < ldy; ++o) CHECK(y[static_cast<size_t>(r * ldy + o)] == untouched);
+  return most;
+}
+
+}  // namespace
+
+TEST_CASE("a linear layer is x W^T") {
+  for (const std::string& isa : available_isas()) {
+    const test::UseIsa use(isa);
+    REQUIRE(std::string(kernels().name) == isa);
+    for (DType arithmetic : {DType::f32, DType::bf16})
+      for (Index outputs : {1, 16, 63, 64, 65, 200})
+        for (Index inputs : {1, 31, 32, 96, 257})
+          for (Index rows : {1, 2, 47, 130}) {
+            const Matrix w(outputs, inputs, 1), x(rows, inputs, 2);
+            const Linear linear(w.tensor(), arithmetic);
+            CHECK(linear.bytes() >= Linear::packed_bytes(outputs, inputs, arithmetic));
+            CHECK(linear.bytes() < Linear::packed_bytes(outputs, inputs, arithmetic) + 64);
+            Activations a;
+            a.assign(x.values.data(), rows, inputs, arithmetic);
+            const Index ldy = round_up(outputs, Index{16}) + 16;
+            std::vector<float> y(static_cast<size_t>(rows * ldy), untouched);
+            linear.apply(a, y.data(), ldy);
+            CHECK_MESSAGE(worst(w, x, arithmetic, y, ldy) < 2e-5 * std::sqrt(static_cast<double>(inputs)) + 1e-6, isa, " ",
+                          name_of(arithmetic), " ", rows, "x", inputs, " -> ", outputs);
+          }
+  }
+}
+
+TEST_CASE("several layers at once, threads and single panels give the same bits") {
+  const Index inputs = 80, rows = 300;
+  const Matrix w1(576, inputs, 1), w2(70, inputs, 2), x(rows, inputs, 3);
+  for (DType arithmetic : {DType::f32, DType::bf16}) {
+    const Linear a(w1.tensor(), arithmetic), b(w2.tensor(), arithmetic);
+    Activations in;
+    in.assign(x.values.data(), rows, inputs, arithmetic);
+    std::vector<float> first, last;
+    for (int threads : {1, 2, 5}) {
+      const test::UseThreads use(threads);
+      std::vector<float> ya(static_cast<size_t>(rows * 576)), yb(static_cast<size_t>(rows * 80));
+      const Linear::Job jobs[] = {{&a, ya.data(), 576}, {&b, yb.data(), 80}};
+      Linear::apply_all(in, jobs);
+      ya.insert(ya.end(), yb.begin(), yb.end());
+      if (threads == 1) first = ya;
+      CHECK(test::same_bits(first, ya));
+    }
+    std::vector<float> panel(64 * 3);
+    a.apply_panels(in, 298, 2, 8, 1, panel.data(), 64);
+    last.assign(first.begin() + 298 * 576 + 512, first.begin() + 298 * 576 + 576);
+    CHECK(test::same_bits(last, {panel.begin(), panel.begin() + 64}));
+    a.apply_panels(in, 7, 1, 0, 2, panel.data(), 128);
+    last.assign(first.begin() + 7 * 576, first.begin() + 7 * 576 + 128);
+    CHECK(test::same_bits(last, {panel.begin(), panel.begin() + 128}));
+  }
+}
+
+TEST_CASE("rows of activations may have a stride, and are checked") {
+  const Matrix w(20, 24, 1), x(5, 24, 2);
+  std::vector<float> wide(5 * 40, std::numeric_limits<float>::quiet_NaN());
+  for (Index r = 0; r < 5; ++r) std::copy_n(x.values.begin() + r * 24, 24, wide.begin() + r * 40);
+  for (DType arithmetic : {DType::f32, DType::bf16}) {
+    const Linear linear(w.tensor(), arithmetic);
+    Activations a;
+    a.assign(wide.data(), 5, 24, arithmetic, 40);
+    std::vector<float> y(5 * 32, untouched);
+    linear.apply(a, y.data(), 32);
+    CHECK(worst(w, x, arithmetic, y, 32) < 2e-4);
+    a.assign(wide.data(), 5, 23, arithmetic, 40);
+    CHECK_THROWS_WITH_AS(linear.apply(a, y.data(), 32), "activations: columns = 23, expected the layer's 24 inputs", Error);
+  }
+}
