@@ -67,8 +67,9 @@ struct Kernels {
   // Folds n scores into a running (maximum, sum of exp(x - maximum)), natural units.
   void (*log_sum_exp)(const float* x, Index n, float& maximum, float& sum);
   float (*dot)(const float* a, const float* b, Index n);
-  // The first i >= from with x[i] > bound, or n.
-  Index (*find_above)(const float* x, Index from, Index n, float bound);
+  // Indices, ascending, of the k (1 … n-1) largest of n scores, none NaN; among those equal to the
+  // least of them the lower indices win, or the higher.
+  void (*choose_top)(const float* scores, Index n, Index k, bool higher_wins, std::int32_t* chosen);
 
   // Yardsticks: `steps` rounds of independent multiply-adds, returning the floating-point operations
   // done; and one reading of n floats.

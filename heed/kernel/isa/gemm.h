@@ -101,16 +101,3 @@ inline void log_sum_exp(const float* x, Index n, float& maximum, float& sum) {
   sum += sum_lanes(total);
   for (; i < n; ++i) sum += __builtin_expf(x[i] - maximum);
 }
-
-/// The first i >= from with x[i] > bound, or n.
-inline Index find_above(const float* x, Index from, Index n, float bound) {
-  Index i = from;
-  const F b = set1(bound);
-  for (; i + W <= n; i += W) {
-    const std::uint32_t above = less(b, load(x + i));
-    if (above != 0) return i + __builtin_ctz(above);
-  }
-  for (; i < n; ++i)
-    if (x[i] > bound) return i;
-  return n;
-}

@@ -19,6 +19,7 @@ namespace heed::HEED_ISA {
 
 #include "heed/kernel/isa/attend.h"
 #include "heed/kernel/isa/gemm.h"
+#include "heed/kernel/isa/select.h"
 #include "heed/kernel/isa/peak.h"
 
 #if defined(HEED_TILES) || defined(__AVX512BF16__)
@@ -51,7 +52,7 @@ const Kernels table = {
     .gelu_mul = gelu_mul,
     .log_sum_exp = log_sum_exp,
     .dot = dot,
-    .find_above = find_above,
+    .choose_top = choose_top,
     .peak_f32 = peak_f32,
     .peak_bf16 = bf16_kernel(peak_bf16),
     .read_all = read_all,

