@@ -12,11 +12,9 @@
 #define LLVMFuzzerTestOneInput fuzz_safetensors
 #include "fuzz/fuzz_safetensors.cpp"
 #undef LLVMFuzzerTestOneInput
-#if __has_include("fuzz/fuzz_tokenizer.cpp")
 #define LLVMFuzzerTestOneInput fuzz_tokenizer
 #include "fuzz/fuzz_tokenizer.cpp"
 #undef LLVMFuzzerTestOneInput
-#endif
 
 namespace {
 
@@ -37,6 +35,4 @@ int replay(const char* name, int (*fuzz)(const std::uint8_t*, size_t)) {
 
 TEST_CASE("the corpus of GGUF files") { CHECK(replay("gguf", fuzz_gguf) > 0); }
 TEST_CASE("the corpus of safetensors files") { CHECK(replay("safetensors", fuzz_safetensors) > 0); }
-#if __has_include("fuzz/fuzz_tokenizer.cpp")
 TEST_CASE("the corpus of texts") { CHECK(replay("tokenizer", fuzz_tokenizer) > 0); }
-#endif

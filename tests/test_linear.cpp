@@ -56,9 +56,9 @@ TEST_CASE("a linear layer is x W^T") {
     const test::UseIsa use(isa);
     REQUIRE(std::string(kernels().name) == isa);
     for (DType arithmetic : {DType::f32, DType::bf16})
-      for (Index outputs : {1, 16, 63, 64, 65, 200})
-        for (Index inputs : {1, 31, 32, 96, 257})
-          for (Index rows : {1, 2, 47, 130}) {
+      for (Index outputs : {1, 63, 64, 145})
+        for (Index inputs : {1, 31, 32, 130})
+          for (Index rows : {1, 2, 133}) {
             const Matrix w(outputs, inputs, 1), x(rows, inputs, 2);
             const Linear linear(w.tensor(), arithmetic);
             CHECK(linear.bytes() >= Linear::packed_bytes(outputs, inputs, arithmetic));

@@ -137,14 +137,13 @@ TEST_CASE("chunks, decoding and threads leave every bit as it is") {
       for (const char* call : {"dense", "streaming:sink=2,window=20"}) {
         const std::unique_ptr<Model> model = load(TinyModel(sizes).file(), arithmetic);
         const std::vector<float> whole = Session(*model, options(150, 512, call, arithmetic)).prefill(tokens);
-        for (Index chunk : {1, 7, 64, 149})
-          for (int threads : {1, 3}) {
-            const test::UseThreads use(threads);
-            Session session(*model, options(150, chunk, call, arithmetic));
-            session.prefill({tokens.begin(), tokens.begin() + 140});
-            for (size_t i = 140; i < 149; ++i) session.decode(tokens[i]);
-            CHECK_MESSAGE(test::same_bits(session.decode(tokens[149]), whole), sizes.architecture, " ", call, " chunk ", chunk);
-          }
+        for (Index chunk : {9, 64, 149}) {
+          const test::UseThreads use(chunk == 64 ? 3 : 1);
+          Session session(*model, options(150, chunk, call, arithmetic));
+          session.prefill({tokens.begin(), tokens.begin() + 140});
+          for (size_t i = 140; i < 149; ++i) session.decode(tokens[i]);
+          CHECK_MESSAGE(test::same_bits(session.decode(tokens[149]), whole), sizes.architecture, " ", call, " chunk ", chunk);
+        }
       }
 }
 

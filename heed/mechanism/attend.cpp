@@ -148,6 +148,7 @@ Prepared prepare(const MechanismCall& call, const AttendInput& in) {
   Inputs inputs;
   inputs.problem = p;
   inputs.rule.scale = scale;
+  inputs.scale_given = in.scale.has_value();
   inputs.q = Queries(in.q, in.arithmetic);
   inputs.kv = kv.get();
   inputs.extra = in.extra;

@@ -34,6 +34,7 @@ struct ExtraSpec {
 struct Inputs {
   Problem problem;
   Rule rule;  // scale set
+  bool scale_given = false;  // by the caller; else it is D^-1/2
   Queries q;
   const KeyValues* kv = nullptr;  // heads = B · Hk
   std::map<std::string, TensorView, std::less<>> extra;

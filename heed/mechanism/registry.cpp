@@ -11,6 +11,14 @@ const std::vector<const Mechanism*>& mechanisms() {
       &streaming(),
       &moba(),
       &power(),
+      &hip(),
+      &dhsa(),
+      &dma(),
+      &natten(),
+      &gna(),
+      &hilo(),
+      &sparsifiner(),
+      &davit(),
   };
   return table;
 }

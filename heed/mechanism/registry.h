@@ -12,5 +12,13 @@ const Mechanism& dense();
 const Mechanism& streaming();
 const Mechanism& moba();
 const Mechanism& power();
+const Mechanism& hip();
+const Mechanism& dhsa();
+const Mechanism& dma();
+const Mechanism& natten();
+const Mechanism& gna();
+const Mechanism& hilo();
+const Mechanism& sparsifiner();
+const Mechanism& davit();
 
 }  // namespace heed::mechanism

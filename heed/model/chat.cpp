@@ -83,7 +83,8 @@ ChatTemplate ChatTemplate::from(const std::string& text) {
 
 void ChatTemplate::require_supported() const {
   if (available() && !known())
-    fail("tokenizer.chat_template = \"{}\": not supported, supported: chatml; --chat off leaves it out", printable(source_, 40));
+    fail("tokenizer.chat_template = \"{}\": not supported, supported: chatml; --chat off leaves it out",
+         printable(source_, 40));
 }
 
 // The conversation, cut at the marks. What stands between two of them is tokenized as one stretch,
@@ -137,7 +138,8 @@ std::vector<Token> ChatTemplate::encode(const Tokenizer& tokenizer, const std::v
   return ids;
 }
 
-std::vector<Token> ChatTemplate::encode(const Tokenizer& tokenizer, const std::string& user, const std::string& answer) const {
+std::vector<Token> ChatTemplate::encode(const Tokenizer& tokenizer, const std::string& user,
+                                        const std::string& answer) const {
   return encode(tokenizer, std::vector<ChatTurn>{{"user", user}}, true, answer);
 }
 

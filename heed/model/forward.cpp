@@ -54,29 +54,18 @@ void Forward::embed(const Token* tokens, Index n, float* x) {
   });
 }
 
-void Forward::norm_rows(const float* x, const std::vector<float>& weight, Index n, float* out) const {
-  for_rows(n, [&](Index r) {
-    kernels().rms_norm(x + r * width_, weight.data(), info_.width, static_cast<float>(info_.rms_eps), out + r * width_);
-  });
+void Forward::norm(const float* x, const std::vector<float>& weight, float* out) const {
+  kernels().rms_norm(x, weight.data(), static_cast<Index>(weight.size()), static_cast<float>(info_.rms_eps), out);
 }
 
-// sum += x, or the norm of x where there is one after the sub-layer. x is overwritten then.
-void Forward::add_rows(const float* x, const std::vector<float>& norm, Index n, float* sum) {
-  float* const scratch = projected_.data();
-  for_rows(n, [&](Index r) {
-    const float* row = x + r * width_;
-    if (!norm.empty()) {
-      kernels().rms_norm(row, norm.data(), info_.width, static_cast<float>(info_.rms_eps), scratch + r * width_);
-      row = scratch + r * width_;
-    }
-    float* to = sum + r * width_;
-    for (Index i = 0; i < info_.width; ++i) to[i] += row[i];
-  });
+// sum += x, or the norm of x where the architecture has one after the sub-layer.
+void Forward::add(float* x, const std::vector<float>& weight, float* sum) const {
+  if (!weight.empty()) norm(x, weight, x);
+  for (Index i = 0; i < info_.width; ++i) sum[i] += x[i];
 }
 
-void Forward::multiply(const float* x, Index columns, Index ldx, Index n, std::initializer_list<Linear::Job> jobs) {
+void Forward::multiply(std::initializer_list<Linear::Job> jobs) {
   const Stopwatch watch(stats.linear_s);
-  activations_.assign(x, n, columns, w_.arithmetic, ldx);
   Linear::apply_all(activations_, {jobs.begin(), jobs.size()});
 }
 
@@ -85,16 +74,14 @@ void Forward::project(Index layer, const float* x, Index n, Index position, floa
   const bool local = info_.local[static_cast<size_t>(layer)];
   Rope& rope = local ? local_ : global_;
   rope.reach(position + n, context_);
-  normed_.reach(n * width_), k_.reach(n * kv_width_), v_.reach(n * kv_width_);
+  k_.reach(n * kv_width_), v_.reach(n * kv_width_);
 
-  norm_rows(x, w.attn_norm, n, normed_.data());
-  multiply(normed_.data(), info_.width, width_, n,
-           {{&w.q, q, query_width_}, {&w.k, k_.data(), kv_width_}, {&w.v, v_.data(), kv_width_}});
+  activations_.make(n, info_.width, w_.arithmetic, [&](Index r, float* out) { norm(x + r * width_, w.attn_norm, out); });
+  multiply({{&w.q, q, query_width_}, {&w.k, k_.data(), kv_width_}, {&w.v, v_.data(), kv_width_}});
   const Index d = info_.head_size;
-  const auto prepare = [&](float* row, Index heads, const std::vector<float>& norm, Index r) {
-    if (!norm.empty())
-      for (Index h = 0; h < heads; ++h)
-        kernels().rms_norm(row + h * d, norm.data(), d, static_cast<float>(info_.rms_eps), row + h * d);
+  const auto prepare = [&](float* row, Index heads, const std::vector<float>& weight, Index r) {
+    if (!weight.empty())
+      for (Index h = 0; h < heads; ++h) norm(row + h * d, weight, row + h * d);
     rope.turn(row, heads, position + r);
   };
   for_rows(n, [&](Index r) {
@@ -155,23 +142,27 @@ void Forward::scatter(const Plan& plan, Index n, float* out) {
 
 void Forward::finish(Index layer, const float* mixed, Index n, float* x) {
   const LayerWeights& w = w_.layers[static_cast<size_t>(layer)];
-  normed_.reach(n * width_), projected_.reach(n * width_), gate_.reach(n * ffn_width_), up_.reach(n * ffn_width_);
+  projected_.reach(n * width_), gate_.reach(n * ffn_width_), up_.reach(n * ffn_width_);
+  float *projected = projected_.data(), *gate = gate_.data(), *up = up_.data();
 
-  multiply(mixed, info_.heads * info_.head_size, query_width_, n, {{&w.o, projected_.data(), width_}});
-  add_rows(projected_.data(), w.post_attn_norm, n, x);
-
-  norm_rows(x, w.ffn_norm, n, normed_.data());
-  multiply(normed_.data(), info_.width, width_, n, {{&w.gate, gate_.data(), ffn_width_}, {&w.up, up_.data(), ffn_width_}});
-  const auto activate = w_.gelu ? kernels().gelu_mul : kernels().silu_mul;
-  for_rows(n, [&](Index r) {
-    float* gate = gate_.data() + r * ffn_width_;
-    activate(gate, up_.data() + r * ffn_width_, info_.ffn, gate);
+  activations_.assign(mixed, n, info_.heads * info_.head_size, w_.arithmetic, query_width_);
+  multiply({{&w.o, projected, width_}});
+  activations_.make(n, info_.width, w_.arithmetic, [&](Index r, float* out) {
+    add(projected + r * width_, w.post_attn_norm, x + r * width_);
+    norm(x + r * width_, w.ffn_norm, out);
   });
-  multiply(gate_.data(), info_.ffn, ffn_width_, n, {{&w.down, projected_.data(), width_}});
-  add_rows(projected_.data(), w.post_ffn_norm, n, x);
+  multiply({{&w.gate, gate, ffn_width_}, {&w.up, up, ffn_width_}});
+  const auto activate = w_.gelu ? kernels().gelu_mul : kernels().silu_mul;
+  activations_.make(n, info_.ffn, w_.arithmetic, [&](Index r, float* out) {
+    activate(gate + r * ffn_width_, up + r * ffn_width_, info_.ffn, out);
+  });
+  multiply({{&w.down, projected, width_}});
+  for_rows(n, [&](Index r) { add(projected + r * width_, w.post_ffn_norm, x + r * width_); });
 }
 
-void Forward::output_norm(const float* x, Index n, float* out) { norm_rows(x, w_.output_norm, n, out); }
+void Forward::output_norm(const float* x, Index n, float* out) {
+  for_rows(n, [&](Index r) { norm(x + r * width_, w_.output_norm, out + r * width_); });
+}
 
 void Forward::logits(const float* normed, std::vector<float>& out) {
   const Index columns = padded(info_.vocabulary);
@@ -189,7 +180,7 @@ Index Forward::kv_bytes() const {
 
 Index Forward::activation_bytes() const {
   Index sum = activations_.bytes() + global_.bytes() + local_.bytes();
-  for (const Buffer<float>* b : {&normed_, &k_, &v_, &projected_, &gate_, &up_, &lanes_, &logits_}) sum += b->bytes();
+  for (const Buffer<float>* b : {&k_, &v_, &projected_, &gate_, &up_, &lanes_, &logits_}) sum += b->bytes();
   return sum;
 }
 

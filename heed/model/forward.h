@@ -47,7 +47,7 @@ class Forward {
   void project(Index layer, const float* x, Index n, Index position, float* q);
   /// Attention of the last n tokens of the layer's cache; out [n, query_width()].
   void attend(Index layer, const Chosen& how, const float* q, Index n, float* out, bool counted);
-  /// Output projection, feed-forward and both residual sums, into x.
+  /// Output projection, feed-forward and both residual sums, into x [n, width()].
   void finish(Index layer, const float* mixed, Index n, float* x);
   /// out = output norm of x, both [n, width()].
   void output_norm(const float* x, Index n, float* out);
@@ -62,9 +62,9 @@ class Forward {
   std::function<void(Index, const Plan&)> observer;
 
  private:
-  void norm_rows(const float* x, const std::vector<float>& weight, Index n, float* out) const;
-  void add_rows(const float* x, const std::vector<float>& norm, Index n, float* sum);
-  void multiply(const float* x, Index columns, Index ldx, Index n, std::initializer_list<Linear::Job> jobs);
+  void norm(const float* x, const std::vector<float>& weight, float* out) const;
+  void add(float* x, const std::vector<float>& weight, float* sum) const;
+  void multiply(std::initializer_list<Linear::Job> jobs);
   void scatter(const Plan& plan, Index n, float* out);
 
   const Model::Weights& w_;
@@ -74,7 +74,7 @@ class Forward {
   Rope global_, local_;
   std::vector<KeyValues> keys_;  // per layer
   Activations activations_;
-  Buffer<float> normed_, k_, v_, projected_, gate_, up_, lanes_, logits_;
+  Buffer<float> k_, v_, projected_, gate_, up_, lanes_, logits_;
 };
 
 }  // namespace heed::model

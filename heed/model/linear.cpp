@@ -1,7 +1,6 @@
 #include "heed/model/linear.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "heed/base/error.h"
 #include "heed/base/scratch.h"
@@ -26,36 +25,48 @@ Index rows_a_unit(Index rows) {
 
 }  // namespace
 
-void Activations::assign(const float* x, Index rows, Index columns, DType arithmetic, Index ldx) {
-  if (ldx == 0) ldx = columns;
-  rows_ = rows, columns_ = columns;
-  if (arithmetic != DType::bf16) {
-    f32_ = x, stride_ = ldx;
-    return;
-  }
-  stride_ = depth_of(columns, arithmetic);
-  const bool pairs = multiplies_bf16(arithmetic);
-  if (pairs) {
+void Activations::reach(Index rows, Index columns, DType arithmetic) {
+  rows_ = rows, columns_ = columns, stride_ = depth_of(columns, arithmetic);
+  f32_ = nullptr;
+  if (multiplies_bf16(arithmetic)) {
     rounded_.reach(rows * stride_);
-    f32_ = nullptr;
   } else {
-    widened_.reach(rows * stride_);
-    f32_ = widened_.data();
+    own_.reach(rows * stride_);
+    f32_ = own_.data();
   }
-  constexpr Index step = 32;
+}
+
+void Activations::make(Index rows, Index columns, DType arithmetic, const std::function<void(Index, float*)>& row) {
+  reach(rows, columns, arithmetic);
+  const bool pairs = multiplies_bf16(arithmetic);
+  constexpr Index step = 16;
   parallel_for(ceil_div(rows, step), [&](Index unit, int) {
+    const Scratch::Mark mark(thread_scratch());
+    float* made = pairs ? thread_scratch().take<float>(columns).data() : nullptr;
     for (Index r = unit * step; r < std::min(rows, (unit + 1) * step); ++r) {
-      const float* from = x + r * ldx;
       if (pairs) {
+        row(r, made);
         bf16* to = rounded_.data() + r * stride_;
-        kernels().round_bf16(from, columns, to);
+        kernels().round_bf16(made, columns, to);
         std::fill(to + columns, to + stride_, bf16{});
       } else {
-        float* to = widened_.data() + r * stride_;
-        for (Index i = 0; i < columns; ++i) to[i] = round_to_bf16(from[i]);
+        float* to = own_.data() + r * stride_;
+        row(r, to);
+        if (arithmetic == DType::bf16)
+          for (Index i = 0; i < columns; ++i) to[i] = round_to_bf16(to[i]);
       }
     }
   });
+}
+
+void Activations::assign(const float* x, Index rows, Index columns, DType arithmetic, Index ldx) {
+  if (ldx == 0) ldx = columns;
+  if (arithmetic == DType::bf16) {
+    make(rows, columns, arithmetic, [&](Index r, float* out) { std::copy_n(x + r * ldx, columns, out); });
+    return;
+  }
+  rows_ = rows, columns_ = columns, stride_ = ldx;
+  f32_ = x;
 }
 
 Linear::Linear(const GgufTensor& w, DType arithmetic)

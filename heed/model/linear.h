@@ -1,6 +1,7 @@
 // Linear layers: weights packed once from any GGUF format, then one microkernel.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -17,18 +18,21 @@ class Activations {
   /// x [rows, columns], f32, row stride ldx elements (0: columns). Kept by reference for f32
   /// arithmetic, copied otherwise. Uses threads.
   void assign(const float* x, Index rows, Index columns, DType arithmetic, Index ldx = 0);
+  /// The same of rows that are made here: `row(r, out)` writes columns floats. Uses threads.
+  void make(Index rows, Index columns, DType arithmetic, const std::function<void(Index r, float* out)>& row);
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
   const float* f32() const { return f32_; }
   const bf16* rounded() const { return rounded_.data(); }
   Index stride() const { return stride_; }  // elements between rows of f32() or rounded()
-  Index bytes() const { return rounded_.bytes() + widened_.bytes(); }
+  Index bytes() const { return rounded_.bytes() + own_.bytes(); }
 
  private:
   const float* f32_ = nullptr;
   Index rows_ = 0, columns_ = 0, stride_ = 0;
   Buffer<bf16> rounded_;
-  Buffer<float> widened_;  // rounded values as f32
+  Buffer<float> own_;  // rows that are made here, and rounded values as f32
+  void reach(Index rows, Index columns, DType arithmetic);
 };
 
 /// y = x · W^T with W [outputs, inputs]. Packed for the kernels in use when it was made.

@@ -54,8 +54,8 @@ struct Pretokenizer::Stage {
   explicit Stage(const std::string& pattern) {
     int error = 0;
     PCRE2_SIZE offset = 0;
-    code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP, &error, &offset,
-                         nullptr);
+    code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP, &error,
+                         &offset, nullptr);
     context = pcre2_match_context_create(nullptr);
     if (code == nullptr || context == nullptr) fail("PCRE2: error {} at offset {} of {}", error, offset, pattern);
     pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where there is no JIT, pcre2_match interprets
@@ -74,8 +74,8 @@ struct Pretokenizer::Stage {
   // The first match from `from` on: [begin, end), begin == end when there is none.
   std::pair<size_t, size_t> next(std::string_view text, size_t from, pcre2_match_data* match) const {
     const auto search = [&](std::uint32_t options) {
-      return pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from, PCRE2_NO_UTF_CHECK | options, match,
-                         context);
+      return pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from,
+                         PCRE2_NO_UTF_CHECK | options, match, context);
     };
     int found = search(0);
     if (found == PCRE2_ERROR_JIT_STACKLIMIT) found = search(PCRE2_NO_JIT);

@@ -292,6 +292,7 @@ SafetensorsFile SafetensorsFile::parse(std::span<const std::byte> bytes, const s
 
 std::vector<std::string> SafetensorsFile::names() const {
   std::vector<std::string> list;
+  list.reserve(tensors_.size());
   for (const auto& [tensor_name, view] : tensors_) list.push_back(tensor_name);
   return list;
 }

@@ -51,7 +51,9 @@ class TokenMatcher {
     Token id = -1;
     bool control = false;
   };
-  static std::uint64_t key(std::uint32_t node, char c) { return std::uint64_t{node} << 8 | static_cast<unsigned char>(c); }
+  static std::uint64_t key(std::uint32_t node, char c) {
+    return std::uint64_t{node} << 8 | static_cast<unsigned char>(c);
+  }
 
   std::unordered_map<std::uint64_t, std::uint32_t> edges_;  // (node, byte) to node
   std::vector<End> ends_{1};                                // by node; 0 is the root

@@ -40,14 +40,16 @@ Vocabulary Vocabulary::from(const Gguf& file) {
   v.tokens = file.texts("tokenizer.ggml.tokens");
   const size_t n = v.tokens.size();
   const auto of_length = [&](const char* key, size_t length) {
-    if (length != n) fail("{}: {} has {} entries, expected {} as tokenizer.ggml.tokens has", file.name(), key, length, n);
+    if (length != n)
+      fail("{}: {} has {} entries, expected {} as tokenizer.ggml.tokens has", file.name(), key, length, n);
   };
   v.kinds.assign(n, TokenKind::normal);
   if (file.has("tokenizer.ggml.token_type")) {
     const auto& kinds = file.integers("tokenizer.ggml.token_type");
     of_length("tokenizer.ggml.token_type", kinds.size());
     for (size_t i = 0; i < n; ++i) {
-      if (kinds[i] < 1 || kinds[i] > 6) fail("{}: tokenizer.ggml.token_type[{}] = {}, expected 1 … 6", file.name(), i, kinds[i]);
+      if (kinds[i] < 1 || kinds[i] > 6)
+        fail("{}: tokenizer.ggml.token_type[{}] = {}, expected 1 … 6", file.name(), i, kinds[i]);
       v.kinds[i] = static_cast<TokenKind>(kinds[i]);
     }
   }
@@ -60,9 +62,11 @@ Vocabulary Vocabulary::from(const Gguf& file) {
   }
   // Where the key is absent, llama models have the token at its usual place.
   const auto id = [&](const char* key, size_t usual, TokenKind kind) -> std::optional<Token> {
-    if (!file.has(key)) return pieces && usual < n && v.kinds[usual] == kind ? std::optional(static_cast<Token>(usual)) : std::nullopt;
+    if (!file.has(key))
+      return pieces && usual < n && v.kinds[usual] == kind ? std::optional(static_cast<Token>(usual)) : std::nullopt;
     const Index i = file.integer(key);
-    if (i < 0 || i >= static_cast<Index>(n)) fail("{}: {} = {}, expected 0 … {}", file.name(), key, i, static_cast<Index>(n) - 1);
+    if (i < 0 || i >= static_cast<Index>(n))
+      fail("{}: {} = {}, expected 0 … {}", file.name(), key, i, static_cast<Index>(n) - 1);
     return static_cast<Token>(i);
   };
   v.bos = id("tokenizer.ggml.bos_token_id", 1, TokenKind::control);
@@ -164,9 +168,11 @@ std::unique_ptr<Tokenizer> Tokenizer::make(Vocabulary v) {
   if (v.kinds.size() != n) fail("tokenizer.ggml.token_type: {} entries, expected {}", v.kinds.size(), n);
   const std::pair<const char*, std::optional<Token>> named[] = {{"bos", v.bos}, {"eos", v.eos}, {"unknown", v.unknown}};
   for (const auto& [name, id] : named)
-    if (id && (*id < 0 || static_cast<size_t>(*id) >= n)) fail("tokenizer.ggml.{}_token_id = {}, expected 0 … {}", name, *id, n - 1);
+    if (id && (*id < 0 || static_cast<size_t>(*id) >= n))
+      fail("tokenizer.ggml.{}_token_id = {}, expected 0 … {}", name, *id, n - 1);
   for (size_t i = 0; i < n; ++i)
-    if (const auto at = invalid_utf8(v.tokens[i])) fail("tokenizer.ggml.tokens[{}]: byte offset {} is not valid UTF-8", i, *at);
+    if (const auto at = invalid_utf8(v.tokens[i]))
+      fail("tokenizer.ggml.tokens[{}]: byte offset {} is not valid UTF-8", i, *at);
   if (v.model == "gpt2") return make_byte_pair(std::move(v));
   if (v.model == "llama") return make_sentence_pieces(std::move(v));
   fail("tokenizer.ggml.model = \"{}\", supported: gpt2, llama", printable(v.model));

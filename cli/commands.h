@@ -1,0 +1,22 @@
+// The commands: each adds itself to the command line; the one that was asked for puts its work into
+// `job`, which runs after parsing.
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+#include <functional>
+
+namespace heed::cli {
+
+using Job = std::function<void()>;
+
+void add_run(CLI::App& app, Job& job);
+void add_compare(CLI::App& app, Job& job);
+void add_list(CLI::App& app, Job& job);
+void add_explain(CLI::App& app, Job& job);
+void add_attend(CLI::App& app, Job& job);
+void add_plan(CLI::App& app, Job& job);
+void add_tokenize(CLI::App& app, Job& job);
+void add_inspect(CLI::App& app, Job& job);
+
+}  // namespace heed::cli

@@ -1,0 +1,75 @@
+#include "cli/models.h"
+
+#include "cli/terminal.h"
+#include "heed/base/error.h"
+#include "heed/model/weights.h"
+
+namespace heed::cli {
+
+void ModelOptions::add(CLI::App& command, bool several_mechanisms, const std::string& mechanism_help) {
+  command.add_option("MODEL", path, "A GGUF file")->required();
+  command.add_option("--file", file, "The document, UTF-8 text; - is standard input")->type_name("F");
+  command.add_option("--tokens", tokens, "Read this many tokens of it, BOS counted (default: all)")
+      ->check(whole_number(1))
+      ->type_name("N");
+  mechanism.add(command, several_mechanisms, mechanism_help);
+  command.add_option("--layers", layers, "Layers that the mechanism replaces, such as 0,3,5-9,20- (default: every one with global attention); the rest is dense")
+      ->type_name("L");
+  command.add_option("--phase", phase, "Where it applies: prefill, decode or both")
+      ->check(one_of({"prefill", "decode", "both"}))
+      ->type_name("P")
+      ->capture_default_str();
+  command.add_option("--chunk", chunk, "Tokens per step of the prefill")->check(whole_number(1))->type_name("N")->capture_default_str();
+  command.add_option("--ctx", context, "Most tokens to hold (default: as many as needed, at most the model's context)")
+      ->check(whole_number(1))
+      ->type_name("N");
+  command.add_option("--kv", kv, "Numbers of the KV cache: bf16 or f32")
+      ->check(one_of({"f32", "bf16"}))
+      ->type_name("T")
+      ->capture_default_str();
+  command.add_option("--dtype", dtype, "Arithmetic: bf16 or f32 (which keeps the KV cache in f32, too)")
+      ->check(one_of({"f32", "bf16"}))
+      ->type_name("T")
+      ->capture_default_str();
+}
+
+model::MechanismUse ModelOptions::use(const MechanismCall& call, const model::ModelInfo& info) const {
+  model::MechanismUse use;
+  use.call = call;
+  if (!layers.empty()) use.layers = model::parse_layers(layers, info);
+  use.phase = phase == "prefill" ? model::Phase::prefill : phase == "decode" ? model::Phase::decode : model::Phase::both;
+  return use;
+}
+
+OpenedModel::OpenedModel(const ModelOptions& options)
+    : options_(options), file_(model::Gguf::open(options.path)), info_(model::read_info(file_)), context_(info_.context) {
+  if (options.context > info_.context) fail("--ctx = {}, expected at most the model's context, {}", options.context, info_.context);
+  if (options.context > 0) context_ = options.context;
+  if (options.tokens > context_) fail("--tokens = {}, expected at most the context, {}", options.tokens, context_);
+  tokenizer_ = model::Tokenizer::make(model::Vocabulary::from(file_));
+}
+
+std::vector<model::Token> OpenedModel::read(const std::string& text) const {
+  const std::string name = options_.file == "-" ? "standard input" : options_.file;
+  std::vector<model::Token> ids = tokenizer_->encode(text, false);
+  if (const auto bos = tokenizer_->bos()) ids.insert(ids.begin(), *bos);
+  const Index held = static_cast<Index>(ids.size());
+  if (options_.tokens > held) fail("{}: holds {} tokens, expected at least --tokens = {}", name, held, options_.tokens);
+  if (options_.tokens > 0) ids.resize(static_cast<size_t>(options_.tokens));
+  else if (held > context_) fail("{}: holds {} tokens, expected at most the context, {}; --tokens N reads the first N", name, held, context_);
+  return ids;
+}
+
+std::unique_ptr<model::Model> OpenedModel::load(Index tokens, Index more) const {
+  const DType arithmetic = dtype_named(options_.dtype);
+  const DType kv = arithmetic == DType::f32 ? DType::f32 : dtype_named(options_.kv);
+  const Index weights = model::estimate_weight_bytes(file_, arithmetic);
+  const Index cache = model::kv_bytes_per_token(info_, kv) * tokens;
+  const Index available = model::available_memory();
+  if (weights + cache + more > available)
+    fail("{}: {} of memory for weights, {} for {} tokens, expected at most the {} that are available", file_.name(),
+         bytes_text(weights), bytes_text(cache + more), tokens, bytes_text(available));
+  return model::Model::load(options_.path, arithmetic);
+}
+
+}  // namespace heed::cli

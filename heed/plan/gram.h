@@ -1,0 +1,13 @@
+// Products of features over tokens, where attention is between channels instead of tokens.
+#pragma once
+
+#include "heed/plan/plan.h"
+
+namespace heed {
+
+/// G [B, Hq, D, D] with G[b,h,i,j] = sum over tokens t of q_t[i] · k_t[j], where k is that of the KV head
+/// of h. N = M. Summed in f64 over runs of 256 tokens that are summed in f32: the sum grows with the
+/// number of tokens, and so would the error of one long f32 sum.
+Tensor feature_gram(const Problem& problem, const Queries& queries, const KeyValues& kv);
+
+}  // namespace heed

@@ -1,0 +1,110 @@
+#include "heed/plan/permute.h"
+
+#include <algorithm>
+
+#include "heed/base/scratch.h"
+#include "heed/base/threads.h"
+
+namespace heed {
+namespace {
+
+// Copies the columns of one panel, feature by feature, so that writes run on. Features come in pairs
+// in bf16, one by one in f32.
+template <class T>
+void copy_panel(const PanelLayout& layout, const T* keys, const T* values, std::span<const std::int32_t> order, Index first,
+                T* keys_out, T* values_out) {
+  constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
+  const Index count = std::min(panel_columns, static_cast<Index>(order.size()) - first);
+  Index from[panel_columns];
+  for (Index c = 0; c < count; ++c) {
+    const Index token = order[static_cast<size_t>(first + c)];
+    from[c] = token < 0 ? -1 : layout.key_offset(token, 0);
+    if (token < 0) continue;
+    const T* v = values + layout.value_offset(token, 0);
+    T* out = values_out + layout.value_offset(first + c, 0);
+    for (Index e = 0; e < layout.dvp; ++e) out[e * pair] = v[e * pair];
+  }
+  T* out = keys_out + layout.key_offset(first, 0);
+  for (Index step = 0; step < layout.dp / pair; ++step)
+    for (Index c = 0; c < count; ++c)
+      if (from[c] >= 0)
+        for (Index i = 0; i < pair; ++i) out[(step * panel_columns + c) * pair + i] = keys[from[c] + step * panel_columns * pair + i];
+}
+
+}  // namespace
+
+std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order) {
+  const PanelLayout& layout = kv.layout();
+  const Index heads = kv.heads(), columns = static_cast<Index>(order.size());
+  auto out = std::make_shared<PermutedSource>();
+  out->keys = Tensor(layout.dtype, {heads, layout.key_elements(columns)});
+  out->values = Tensor(layout.dtype, {heads, layout.value_elements(columns)});
+  for (const std::int32_t token : order) out->position.push_back(std::max(token, 0));
+  out->source.layout = layout;
+  for (Index head = 0; head < heads; ++head) {
+    SourceView& view = out->source.views.emplace_back();
+    view.keys = out->keys.view().at({head});
+    view.values = out->values.view().at({head});
+    view.columns = columns;
+    view.position = out->position.data();
+  }
+
+  const Index panels = ceil_div(columns, panel_columns);
+  parallel_for(heads * panels, [&](Index unit, int) {
+    const Index head = unit / panels, first = unit % panels * panel_columns;
+    const auto copy = [&]<class T>(T* keys, T* values) {
+      copy_panel(layout, static_cast<const T*>(kv.keys(head)), static_cast<const T*>(kv.values(head)), order, first,
+                 keys + head * layout.key_elements(columns), values + head * layout.value_elements(columns));
+    };
+    if (layout.dtype == DType::bf16)
+      copy(out->keys.as<bf16>(), out->values.as<bf16>());
+    else
+      copy(out->keys.as<float>(), out->values.as<float>());
+  });
+  return out;
+}
+
+Index add_permuted(Plan& plan, const KeyValues& kv, std::span<const std::int32_t> order) {
+  bool as_is = true;
+  for (size_t c = 0; c < order.size(); ++c) {
+    const bool beyond = static_cast<Index>(c) >= kv.size();
+    as_is = as_is && (beyond ? order[c] == -1 : order[c] == static_cast<std::int32_t>(c));
+  }
+  if (as_is) return 0;
+  const std::shared_ptr<const PermutedSource> permuted = permute(kv, order);
+  plan.sources.push_back(permuted->source);
+  plan.keep.push_back(permuted);
+  return static_cast<Index>(plan.sources.size()) - 1;
+}
+
+std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<const std::int32_t> tokens,
+                                              std::span<const Index> begins) {
+  const Index heads = kv.heads(), groups = static_cast<Index>(begins.size()) - 1, d = kv.layout().d, dv = kv.layout().dv;
+  Tensor k(DType::f32, {heads, groups, d}), v(DType::f32, {heads, groups, dv});
+  constexpr Index at_once = 64;
+  const Index runs = ceil_div(groups, at_once);
+  parallel_for(heads * runs, [&](Index unit, int) {
+    const Index head = unit / runs, first = unit % runs * at_once;
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    float* x = scratch.take<float>(std::max(d, dv)).data();
+    for (Index g = first; g < std::min(first + at_once, groups); ++g) {
+      float *key = k.as<float>() + (head * groups + g) * d, *value = v.as<float>() + (head * groups + g) * dv;
+      const Index begin = begins[static_cast<size_t>(g)], end = begins[static_cast<size_t>(g) + 1];
+      for (Index t = begin; t < end; ++t) {
+        kv.read_key(head, tokens[static_cast<size_t>(t)], x);
+        for (Index i = 0; i < d; ++i) key[i] += x[i];
+        kv.read_value(head, tokens[static_cast<size_t>(t)], x);
+        for (Index e = 0; e < dv; ++e) value[e] += x[e];
+      }
+      const float n = static_cast<float>(end - begin);
+      for (Index i = 0; i < d; ++i) key[i] /= n;
+      for (Index e = 0; e < dv; ++e) value[e] /= n;
+    }
+  });
+  auto means = std::make_shared<KeyValues>(heads, d, dv, groups, kv.arithmetic());
+  means->append(k.view(), v.view());
+  return means;
+}
+
+}  // namespace heed

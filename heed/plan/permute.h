@@ -1,0 +1,32 @@
+// Packed keys and values in another order, and pooled ones: sources that mechanisms derive from the input.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "heed/plan/plan.h"
+
+namespace heed {
+
+/// Packed keys and values of their own, with the source that shows them.
+struct PermutedSource {
+  Tensor keys, values;                 // [heads, packed elements]
+  std::vector<std::int32_t> position;  // [columns]
+  Source source;
+};
+
+/// Column c of every head is token order[c] of `kv`, at that token's position. -1 gives a column of
+/// zeros, at position 0, that masks must hide. A copy of packed columns: no rounding.
+std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order);
+
+/// Adds a permuted source to the plan and keeps it alive. Returns its index, or 0, the input
+/// itself, when `order` lists its columns as they stand.
+Index add_permuted(Plan& plan, const KeyValues& kv, std::span<const std::int32_t> order);
+
+/// One column per group of tokens: the mean of their keys and of their values, f32 sums, rounded to
+/// the arithmetic of `kv`. Group g is tokens[begins[g] … begins[g + 1]).
+std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<const std::int32_t> tokens,
+                                              std::span<const Index> begins);
+
+}  // namespace heed

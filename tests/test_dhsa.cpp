@@ -1,0 +1,445 @@
+// dhsa against its equations: chunks, pooled scores, lists under a budget, softmax over them.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <set>
+
+#include "heed/kernel/kernels.h"
+#include "heed/plan/chunks.h"
+#include "support/naive.h"
+
+using namespace heed;
+using namespace heed::test;
+
+namespace {
+
+struct DhsaOptions {
+  Index budget = 60, query_block = 32, chunks_per_block = 4, half_window = 4, nms_radius = 3;
+  double threshold = 0.5;
+  Index global = 8, local = 16, dense_tail = 10;
+  std::string pooling = "avg_norm";
+  std::string call() const {
+    return fmt::format("dhsa:budget={},query_block={},chunks_per_block={},half_window={},nms_radius={},threshold={},"
+                       "global={},local={},"
+                       "dense_tail={},pooling={}",
+                       budget, query_block, chunks_per_block, half_window, nms_radius, threshold, global, local,
+                       dense_tail, pooling);
+  }
+};
+
+using Logits = std::vector<float>;  // [B, N], or nothing
+
+Logits random_logits(Index count, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal;
+  Logits x(static_cast<size_t>(count));
+  for (float& v : x) v = 2 * normal(random);
+  return x;
+}
+
+// First tokens of the chunks and N.
+std::vector<Index> boundaries(const DhsaOptions& o, const float* logits, Index n) {
+  std::set<Index> found{0, n};
+  if (logits == nullptr) {
+    for (Index at = 0; at < n; at += o.query_block / o.chunks_per_block) found.insert(at);
+    return {found.begin(), found.end()};
+  }
+  const Index most = n / o.query_block * o.chunks_per_block, question = n - o.dense_tail;
+  std::vector<Index> accepted, order;
+  if (o.dense_tail > 0 && question >= 0) accepted.push_back(question);
+  for (Index i = 0; i < n; ++i) {
+    if (i < o.half_window - 1 || i >= n - o.half_window) continue;
+    if (logits[i] > o.threshold && !(o.dense_tail > 0 && i > question)) order.push_back(i);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](Index i, Index j) { return logits[i] > logits[j]; });
+  for (const Index i : order) {
+    if (static_cast<Index>(accepted.size()) >= most) break;
+    bool free = true;
+    for (const Index j : accepted) free = free && std::abs(i - j) > o.nms_radius;
+    if (free) accepted.push_back(i);
+  }
+  for (const Index i : accepted) found.insert(i + 1);
+  return {found.begin(), found.end()};
+}
+
+Naive naive_dhsa(const Case& c, const DhsaOptions& o, const Logits& logits) {
+  const auto& s = c.size;
+  const Index n = s.N, blocks = (n + o.query_block - 1) / o.query_block;
+  auto lists = std::make_shared<std::vector<std::set<Index>>>();
+  std::vector<char> near(static_cast<size_t>(s.B * blocks), 0);
+  for (Index b = 0; b < s.B; ++b) {
+    const std::vector<Index> cuts = boundaries(o, logits.empty() ? nullptr : logits.data() + b * n, n);
+    // A vector for tokens [from, to), head means first.
+    const auto pooled = [&](Index from, Index to, Index heads, const std::function<double(Index, Index, Index)>& at) {
+      std::vector<double> x(static_cast<size_t>(s.D), o.pooling == "max" ? -INFINITY : 0.0);
+      for (Index t = from; t < to; ++t)
+        for (Index d = 0; d < s.D; ++d) {
+          double mean = 0;
+          for (Index h = 0; h < heads; ++h) mean += at(h, t, d) / static_cast<double>(heads);
+          double& y = x[static_cast<size_t>(d)];
+          y = o.pooling == "max" ? std::max(y, mean) : y + mean / static_cast<double>(to - from);
+        }
+      if (o.pooling == "avg_norm")
+        for (double& y : x) y *= std::sqrt(static_cast<double>(to - from));
+      return x;
+    };
+    std::vector<std::vector<double>> chunk;
+    for (size_t i = 0; i + 1 < cuts.size(); ++i)
+      chunk.push_back(
+          pooled(cuts[i], cuts[i + 1], s.Hk, [&](Index h, Index t, Index d) { return c.k_at(b, h, t, d); }));
+    for (Index u = 0; u < blocks; ++u) {
+      std::set<Index>& list = lists->emplace_back();
+      const Index allowed = std::min(n, (u + 1) * o.query_block);
+      if (allowed <= o.budget) {
+        for (Index j = 0; j < allowed; ++j) list.insert(j);
+        continue;
+      }
+      const std::vector<double> query =
+          pooled(u * o.query_block, allowed, s.Hq, [&](Index h, Index t, Index d) { return c.q_at(b, h, t, d); });
+      for (Index j = 0; j < o.global; ++j) list.insert(j);
+      for (Index j = allowed - o.local; j < allowed; ++j) list.insert(j);
+      struct Scored {
+        double score;
+        std::vector<Index> tokens;
+      };
+      std::vector<Scored> scored;
+      for (size_t i = 0; i < chunk.size(); ++i) {
+        Scored x{0, {}};
+        for (Index d = 0; d < s.D; ++d) x.score += chunk[i][static_cast<size_t>(d)] * query[static_cast<size_t>(d)];
+        for (Index j = cuts[i]; j < std::min(cuts[i + 1], allowed); ++j)
+          if (list.count(j) == 0) x.tokens.push_back(j);
+        if (!x.tokens.empty()) scored.push_back(x);
+      }
+      std::stable_sort(scored.begin(), scored.end(),
+                       [](const Scored& x, const Scored& y) { return x.score > y.score; });
+      for (size_t i = 0; i < scored.size() && static_cast<Index>(list.size()) < o.budget; ++i) {
+        for (const Index j : scored[i].tokens)
+          if (static_cast<Index>(list.size()) < o.budget) list.insert(j);
+        // The chunk that fills the budget must stand clear of its neighbours in rank.
+        if (static_cast<Index>(list.size()) < o.budget) continue;
+        const double margin = 1e-4 * std::max(1.0, std::fabs(scored[i].score));
+        if (i > 0 && scored[i - 1].score - scored[i].score < margin) near[static_cast<size_t>(b * blocks + u)] = 1;
+        if (i + 1 < scored.size() && scored[i].score - scored[i + 1].score < margin)
+          near[static_cast<size_t>(b * blocks + u)] = 1;
+      }
+      CHECK(static_cast<Index>(list.size()) == o.budget);
+    }
+  }
+  const auto dense = [n, o](Index t) { return t >= n - o.dense_tail; };
+  Naive result = naive_attention(c, [&c, o, blocks, lists, dense](Index b, Index, Index t, Index j) {
+    return j <= t && (dense(t) || (*lists)[static_cast<size_t>(b * blocks + t / o.query_block)].count(j) != 0);
+  });
+  result.undecided.assign(static_cast<size_t>(s.B * s.Hq * n), 0);
+  for (Index b = 0; b < s.B; ++b)
+    for (Index h = 0; h < s.Hq; ++h)
+      for (Index t = 0; t < n; ++t)
+        result.undecided[static_cast<size_t>((b * s.Hq + h) * n + t)] =
+            !dense(t) && near[static_cast<size_t>(b * blocks + t / o.query_block)] != 0;
+  return result;
+}
+
+AttendInput with(const Case& c, const Logits& logits) {
+  AttendInput in = c.input();
+  if (!logits.empty()) in.extra["boundary_logits"] = {logits.data(), DType::f32, {c.size.B, c.size.N}};
+  return in;
+}
+
+void check_dhsa(const Case& c, const DhsaOptions& o, const Logits& logits = {}) {
+  const std::string call = o.call();
+  CAPTURE(call);
+  const Got got = run(call, with(c, logits));
+  const Naive want = naive_dhsa(c, o, logits);
+  CHECK_AGREES(got, want, c);
+  Index undecided = 0;
+  for (const char u : want.undecided) undecided += u;
+  if (undecided == 0) CHECK(got.stats.pairs == want.pairs);
+  CHECK(undecided * 3 <= static_cast<Index>(want.undecided.size()));
+}
+
+std::vector<Index> ends(const std::vector<BlockRange>& chunks) {
+  std::vector<Index> x;
+  for (const BlockRange& c : chunks) x.push_back(c.end);
+  return x;
+}
+
+}  // namespace
+
+TEST_CASE("dhsa equals its equations") {
+  for (const std::string& isa : available_isas()) {
+    const UseIsa use(isa);
+    for (const DType arithmetic : {DType::f32, DType::bf16})
+      for (const Index n : {1, 31, 60, 61, 64, 200, 333})
+        for (const bool learned : {false, true})
+          check_dhsa(Case({1, 4, 2, n, n, 33, 16}, DType::f32, arithmetic), {},
+                     learned ? random_logits(n, 3) : Logits{});
+    for (const Index heads : {1, 4}) {
+      check_dhsa(Case({2, 4, heads, 259, 259, 64, 40}, DType::f32, DType::f32, Layout::tokens), {.budget = 100},
+                 random_logits(518, 4));
+      check_dhsa(Case({2, 4, heads, 259, 259, 80, 24}, DType::f16),
+                 {.budget = 70, .query_block = 17, .chunks_per_block = 3, .dense_tail = 0});
+    }
+  }
+}
+
+TEST_CASE("dhsa: pooling, budgets and forced tokens") {
+  const Case c({1, 2, 1, 300, 300, 24, 16});
+  const Logits logits = random_logits(300, 6);
+  for (const std::string pooling : {"avg_norm", "avg", "max"})
+    for (const Index budget : {24, 25, 90, 299})
+      for (const bool learned : {false, true})
+        check_dhsa(c, {.budget = budget, .pooling = pooling}, learned ? logits : Logits{});
+  check_dhsa(c, {.global = 0, .local = 0}, logits);
+  check_dhsa(c, {.global = 60, .local = 0}, logits);
+  check_dhsa(c, {.query_block = 64, .global = 0, .local = 5}, logits);  // rows that miss their own key
+  check_dhsa(c, {.nms_radius = 0, .threshold = -5}, logits);
+  check_dhsa(c, {.chunks_per_block = 1, .nms_radius = 20, .dense_tail = 100}, logits);
+  check_dhsa(Case({1, 1, 1, 7, 7, 16, 16}),
+             {.budget = 4, .query_block = 2, .chunks_per_block = 2, .global = 1, .local = 1, .dense_tail = 1},
+             random_logits(7, 1));  // shorter than the predictor's two windows
+}
+
+TEST_CASE("dhsa with a budget of all keys, or dense to its first row, is dense") {
+  const Case c({1, 4, 2, 300, 300, 32, 32});
+  const Naive dense = naive_attention(c, dense_sees(c, true));
+  for (const std::string call :
+       {"dhsa:budget=300", "dhsa:budget=4000", "dhsa:budget=256,dense_tail=300", "dhsa:budget=256,dense_tail=999"})
+    for (const bool learned : {false, true}) {
+      const Logits logits = learned ? random_logits(300, 2) : Logits{};
+      const Got got = run(call, with(c, logits));
+      const std::string differs = difference(got, dense, c, 1e-5);
+      CHECK_MESSAGE(differs.empty(), differs);
+      CHECK(got.stats.pairs == dense.pairs);
+    }
+}
+
+TEST_CASE("chunks partition the tokens and keep their distance") {
+  for (const Index n : {1, 3, 8, 100, 1000})
+    for (const Index radius : {0, 3, 8})
+      for (const Index forced : {Index{-1}, n - 1, n / 2, n}) {
+        const Logits logits = random_logits(n, static_cast<std::uint64_t>(n + radius));
+        const PeakRule rule{.most = 20, .threshold = 1.1, .radius = radius, .margin = 4, .forced = forced};
+        const std::vector<BlockRange> chunks = cut_at_peaks(logits, rule);
+        Index at = 0, last = -1000;
+        for (const BlockRange& c : chunks) {
+          CHECK(c.begin == at);
+          CHECK(c.end > c.begin);
+          at = c.end;
+          if (c.end == n) continue;
+          const Index end = c.end - 1;
+          CHECK(end - last > radius);
+          if (end != forced) CHECK((logits[static_cast<size_t>(end)] > 1.1f && end >= 3 && end < n - 4));
+          if (forced >= 0 && forced < n) CHECK(end <= forced);
+          last = end;
+        }
+        CHECK(at == n);
+        CHECK(static_cast<Index>(chunks.size()) <= 22);
+      }
+  // By rank: 9 beats its neighbours 8 and 10; 20 and 30 are equal and the lower wins the last place.
+  Logits logits(40, 0.0f);
+  logits[8] = 4, logits[9] = 5, logits[10] = 4, logits[20] = 3, logits[30] = 3;
+  CHECK(ends(cut_at_peaks(logits, {.most = 2, .threshold = 1, .radius = 2, .margin = 1, .forced = -1})) ==
+        std::vector<Index>{10, 21, 40});
+  CHECK(ends(cut_at_peaks(logits, {.most = 9, .threshold = 3, .radius = 0, .margin = 1, .forced = 25})) ==
+        std::vector<Index>{9, 10, 11, 26, 40});
+  CHECK(ends(cut_at_peaks(Logits(7, 9.0f), {.most = 9, .threshold = 1, .radius = 0, .margin = 4, .forced = -1})) ==
+        std::vector<Index>{7});
+  CHECK(ends(cut_evenly(10, 4)) == std::vector<Index>{4, 8, 10});
+}
+
+TEST_CASE("pooled chunks: naive means, and what a doubled chunk scores") {
+  const Sizes s{1, 1, 2, 48, 48, 20, 16};
+  Case c(s);
+  // Tokens 30 … 39 repeat 20 … 29.
+  for (Index h = 0; h < 2; ++h)
+    for (Index j = 30; j < 40; ++j)
+      for (Index d = 0; d < 20; ++d) c.k.set(0, h, j, d, c.k.get(0, h, j - 10, d));
+  KeyValues kv(2, 20, 16, 48, DType::f32);
+  const auto heads = [](const Sample& x) {
+    const TensorView v = x.view();
+    return TensorView{v.data, v.dtype, {v.shape[1], v.shape[2], v.shape[3]}, {v.stride[1], v.stride[2], v.stride[3]}};
+  };
+  kv.append(heads(c.k), heads(c.v));
+  const Problem problem{.B = 1, .Hq = 2, .Hk = 2, .N = 48, .M = 48, .D = 20, .Dv = 16, .causal = true};
+  const std::vector<BlockRange> chunks{{20, 30}, {20, 40}, {0, 1}, {3, 48}};
+  for (const auto& [pooling, factor] :
+       {std::pair{Pooling::avg_norm, std::sqrt(2.0)}, {Pooling::avg, 1.0}, {Pooling::max, 1.0}}) {
+    const std::vector<float> panels = pool_keys(kv, problem, 0, chunks, pooling);
+    for (size_t i = 0; i < chunks.size(); ++i)
+      for (Index d = 0; d < 20; ++d) {
+        double sum = 0, most = -INFINITY;
+        for (Index t = chunks[i].begin; t < chunks[i].end; ++t) {
+          const double mean = (c.k_at(0, 0, t, d) + c.k_at(0, 1, t, d)) / 2;
+          sum += mean, most = std::max(most, mean);
+        }
+        const double count = static_cast<double>(chunks[i].size());
+        const double want = pooling == Pooling::max   ? most
+                            : pooling == Pooling::avg ? sum / count
+                                                      : sum / std::sqrt(count);
+        CHECK(static_cast<double>(panels[static_cast<size_t>(d * 64) + i]) == doctest::Approx(want).epsilon(1e-5));
+      }
+    for (Index d = 0; d < 20; ++d)
+      CHECK(static_cast<double>(panels[static_cast<size_t>(d * 64) + 1]) ==
+            doctest::Approx(factor * static_cast<double>(panels[static_cast<size_t>(d * 64)])).epsilon(1e-5));
+  }
+}
+
+TEST_CASE("dhsa's softmax is causal; its selection looks ahead, as the method does") {
+  const DhsaOptions o{.chunks_per_block = 1, .dense_tail = 0};  // 8 chunk ends at most
+  const Case c({1, 2, 1, 256, 256, 16, 16});
+  const Logits logits = random_logits(256, 8);
+  const Got before = run(o.call(), with(c, logits));
+  const auto rows_changed = [&](const Got& after, Index from, Index to) {
+    Index count = 0;
+    for (Index h = 0; h < 2; ++h)
+      for (Index t = from; t < to; ++t)
+        count += std::memcmp(&before.o[static_cast<size_t>((h * 256 + t) * 16)],
+                             &after.o[static_cast<size_t>((h * 256 + t) * 16)], 64) != 0
+                     ? 1
+                     : 0;
+    return count;
+  };
+  // Lists do not depend on values: later ones change nothing.
+  for (const Index t : {0, 40, 130, 200}) {
+    Case changed = c;
+    for (Index j = t + 1; j < 256; ++j)
+      for (Index d = 0; d < 16; ++d) changed.v.set(0, 0, j, d, 500);
+    CHECK(rows_changed(run(o.call(), with(changed, logits)), 0, t + 1) == 0);
+  }
+  // (i) Queries of the same block steer the list, those of later blocks do not.
+  Case queries = c;
+  for (Index t = 210; t < 256; ++t)
+    for (Index d = 0; d < 16; ++d) queries.q.set(0, 0, t, d, -9), queries.q.set(0, 1, t, d, 7);
+  const Got steered = run(o.call(), with(queries, logits));
+  CHECK(rows_changed(steered, 0, 192) == 0);
+  CHECK(rows_changed(steered, 192, 210) > 0);
+  // (iii) A boundary found late takes the place of an earlier one.
+  Logits late = logits;
+  for (size_t i = 200; i < 250; i += 10) late[i] = 50;
+  CHECK(rows_changed(run(o.call(), with(c, late)), 0, 190) > 0);
+  // (ii) A chunk that reaches past the block is scored with what lies there: with one chunk end at 59, chunk
+  // [59, 256) competes with [0, 59) for the places of block [64, 96).
+  Logits one(256, 0.0f);
+  one[58] = 5;
+  const DhsaOptions wide{.budget = 40, .global = 0, .local = 8, .dense_tail = 0};
+  const Got straddling = run(wide.call(), with(c, one));
+  Index changed_rows = 0;
+  for (const double sign : {-1.0, 1.0}) {
+    Case later = c;
+    for (Index j = 96; j < 256; ++j)
+      for (Index d = 0; d < 16; ++d) {
+        double mean = 0;
+        for (Index t = 64; t < 96; ++t) mean += c.q_at(0, 0, t, d) + c.q_at(0, 1, t, d);
+        later.k.set(0, 0, j, d, sign * mean);
+      }
+    const Got got = run(wide.call(), with(later, one));
+    for (Index t = 64; t < 96; ++t)
+      changed_rows +=
+          std::memcmp(&got.o[static_cast<size_t>(t * 16)], &straddling.o[static_cast<size_t>(t * 16)], 64) != 0 ? 1 : 0;
+  }
+  CHECK(changed_rows > 0);
+}
+
+TEST_CASE("dhsa: chunks at true segment ends recall more than even ones") {
+  // Segments of 8 … 64 tokens, keys = centroid + noise; each block of queries asks for one earlier segment.
+  constexpr Index n = 2048, block = 32, d = 16, budget = 96;
+  double recall[2] = {0, 0};
+  Index asked = 0;
+  std::mt19937_64 random(17);
+  std::normal_distribution<double> normal;
+  for (int trial = 0; trial < 3; ++trial) {
+    Case c({1, 1, 1, n, n, d, 1});
+    Logits truth(n, -5.0f);
+    std::vector<Index> segment_of(n), first{0};
+    std::vector<std::vector<double>> centre;
+    for (Index begin = 0, id = 0; begin < n; ++id) {
+      const Index end = std::min<Index>(n, begin + 8 + static_cast<Index>(random() % 57));
+      std::vector<double> x;
+      for (Index i = 0; i < d; ++i) x.push_back(normal(random));
+      centre.push_back(x);
+      for (Index j = begin; j < end; ++j) {
+        segment_of[static_cast<size_t>(j)] = id;
+        for (Index i = 0; i < d; ++i) c.k.set(0, 0, j, i, x[static_cast<size_t>(i)] + normal(random));
+      }
+      truth[static_cast<size_t>(end - 1)] = 5 + static_cast<float>(id % 7);
+      begin = end;
+    }
+    std::vector<Index> wanted;
+    for (Index u = 0; u < n / block; ++u) {
+      const Index id =
+          segment_of[static_cast<size_t>(random() % static_cast<std::uint64_t>(std::max<Index>(1, u * block)))];
+      wanted.push_back(id);
+      for (Index t = u * block; t < (u + 1) * block; ++t)
+        for (Index i = 0; i < d; ++i)
+          c.q.set(0, 0, t, i, centre[static_cast<size_t>(id)][static_cast<size_t>(i)] + 0.5 * normal(random));
+    }
+    for (const bool learned : {false, true}) {
+      const DhsaOptions o{.budget = budget,
+                          .query_block = block,
+                          .chunks_per_block = 1,
+                          .nms_radius = 4,
+                          .threshold = 1.1,
+                          .global = 0,
+                          .local = block,
+                          .dense_tail = 0};
+      const Logits logits = learned ? truth : Logits{};
+      const AttendInput in = with(c, logits);
+      const Plan plan = plan_of(MechanismCall::parse(o.call()), in);
+      walk(plan, [&](const RowBlock& rows, const std::vector<Tile>& tiles) {
+        if (rows.first < 1024) return;  // the budget must be scarce
+        const Index id = wanted[static_cast<size_t>(rows.first / block)];
+        Index held = 0, size = 0;
+        for (const Index s : segment_of) size += s == id ? 1 : 0;
+        for (const Tile& tile : tiles)
+          for (Index r = 0; r < tile.columns.count; ++r)
+            held += segment_of[static_cast<size_t>(tile.columns[r])] == id && sees(plan, rows, tile, rows.rows - 1, r)
+                        ? 1
+                        : 0;
+        recall[learned ? 1 : 0] += static_cast<double>(held) / static_cast<double>(size);
+        asked += learned ? 1 : 0;
+      });
+    }
+  }
+  const double even = recall[0] / static_cast<double>(asked), dynamic = recall[1] / static_cast<double>(asked);
+  CAPTURE(even);
+  CAPTURE(dynamic);
+  CHECK(dynamic >= even + 0.1);
+}
+
+TEST_CASE("dhsa: the same bits for any number of threads") {
+  for (const std::string& isa : available_isas()) {
+    const UseIsa use(isa);
+    for (const Index n : {200, 700}) {
+      const Case c({2, 4, 2, n, n, 16, 16});
+      const Logits logits = random_logits(2 * n, 9);
+      Got first;
+      for (const int count : {1, 2, 3}) {
+        const UseThreads threads(count);
+        const Got got = run(DhsaOptions{}.call(), with(c, logits));
+        if (count == 1) first = got;
+        CHECK(same_bits(got.o, first.o));
+        CHECK(same_bits(got.lse, first.lse));
+      }
+    }
+  }
+}
+
+TEST_CASE("dhsa refuses what it cannot mean") {
+  const Case c({1, 1, 1, 300, 300, 16, 16});
+  CHECK_FAILS(run("dhsa:budget=255", c.input()), UsageError,
+              "dhsa: budget = 255, expected at least global + local = 256");
+  CHECK_FAILS(run("dhsa:budget=0", c.input()), UsageError, "dhsa: budget = 0, expected >= 1");
+  CHECK_FAILS(run("dhsa:query_block=4", c.input()), UsageError,
+              "dhsa: chunks_per_block = 8, expected at most query_block = 4");
+  CHECK_FAILS(run("dhsa:pooling=sum", c.input()), UsageError,
+              "dhsa: pooling = sum, expected one of avg_norm, avg, max");
+  CHECK_NOTHROW(run("dhsa:budget=100", Case({1, 1, 1, 100, 100, 16, 16}).input()));  // nothing to choose
+  CHECK_FAILS(run("dhsa", Case({1, 1, 1, 8, 9, 16, 16}).input()), Error,
+              "dhsa: 8 queries and 9 keys, expected as many of one as of the other");
+  const Logits logits = random_logits(299, 1);
+  AttendInput in = c.input();
+  in.extra["boundary_logits"] = {logits.data(), DType::f32, {1, 299}};
+  CHECK_FAILS(run("dhsa", in), Error, "boundary_logits: shape = [1, 299], expected [B, N]");
+}
