@@ -33,9 +33,12 @@ build:
 	@test -f build/build.ninja || cmake --preset release
 	cmake --build --preset release
 
+.PHONY: check-model
+check-model:
+	@test -n "$(FILE_$(MODEL))" || { echo "MODEL = $(MODEL), expected smollm2 or gemma3" >&2; exit 2; }
+
 .PHONY: run
-run: build
-	@test -n "$(FILE_$(MODEL))" || { echo "make run: MODEL = $(MODEL), expected smollm2 or gemma3" >&2; exit 2; }
+run: check-model build
 	@scripts/fetch.sh $(MODEL) bible
 	build/bin/heed compare "$(CACHE)/$(FILE_$(MODEL))" --file "$(CACHE)/bible-kjv.txt" --tokens $(TOKENS) \
 	  $(MECHANISMS:%=--mechanism %) --task perplexity,passkey --passkey-length 4000 --html build/report.html

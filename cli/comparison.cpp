@@ -33,7 +33,7 @@ std::string comparison_table(const Comparison& c) {
   const bool passkey = std::any_of(c.rows.begin(), c.rows.end(), [](const CompareRow& r) { return !r.passkey.empty(); });
   const bool copy = std::any_of(c.rows.begin(), c.rows.end(), [](const CompareRow& r) { return !r.copy.empty(); });
   std::vector<Cell> head{{"mechanism"}, {"prefill"}, {"tokens/s"}, {"vs dense"}, {"attention"}, {"density"}};
-  if (c.perplexity) head.insert(head.end(), {{"perplexity"}, {"- dense"}});
+  if (c.perplexity) head.insert(head.end(), {{"perplexity"}, {"change"}});
   head.push_back({"memory"});
   if (passkey) head.push_back({"pass key"});
   if (copy) head.push_back({"copy, nats"});
@@ -48,7 +48,7 @@ std::string comparison_table(const Comparison& c) {
     if (c.perplexity) {
       row.push_back({fmt::format("{:.3f}", r.ppl)});
       const double more = dense == nullptr ? 0 : r.ppl - dense->ppl;
-      row.push_back(dense == nullptr ? Cell{"-"} : Cell{fmt::format("{:+.3f}", more), more > 0.05 * dense->ppl ? Tone::bad : Tone::plain});
+      row.push_back(dense == nullptr || dense == &r ? Cell{"-"} : Cell{fmt::format("{:+.3f}", more), more > 0.05 * dense->ppl ? Tone::bad : Tone::plain});
     }
     row.push_back({bytes_text(r.peak_bytes)});
     if (passkey) {

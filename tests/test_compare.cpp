@@ -30,7 +30,8 @@ std::unique_ptr<Model> tiny_model(Index context = 4096) {
 std::string document(int lines) {
   std::string text;
   for (int i = 0; i < lines; ++i) {
-    text += "Line " + std::to_string(i) + " tells of nothing in particular" + std::string(static_cast<size_t>(i % 20), '.') + "\n";
+    text += "Line " + std::to_string(i) + " tells of nothing in particular" +
+            std::string(static_cast<size_t>(i % 20), '.') + "\n";
     if (i % 7 == 6) text += "\n";
   }
   return text;
@@ -68,7 +69,8 @@ TEST_CASE("a pass key is a paragraph of its own at its depth") {
       CHECK(std::abs(at - depth * most) <= 70);
       // The rest are lines of the document, in order, going round.
       size_t known = 0, lines = 0;
-      for (size_t i = 0; i < filler.size(); i = filler.find('\n', i) == filler.npos ? filler.size() : filler.find('\n', i) + 1) {
+      for (size_t i = 0; i < filler.size();
+           i = filler.find('\n', i) == filler.npos ? filler.size() : filler.find('\n', i) + 1) {
         const std::string line = filler.substr(i, filler.find('\n', i) - i);
         ++lines;
         known += ("\n" + text).find("\n" + line + "\n") != std::string::npos;
@@ -77,7 +79,8 @@ TEST_CASE("a pass key is a paragraph of its own at its depth") {
     }
   CHECK(passkey_prompt(*model, text, 1000, 0.5, "12345") != passkey_prompt(*model, text, 1000, 0.5, "54321"));
   CHECK_THROWS_AS(passkey_prompt(*model, text, 100, 0.5, "12345"), UsageError);
-  CHECK_THROWS_WITH_AS(passkey_prompt(*model, text, 1000, 1.5, "12345"), "passkey: depth = 1.5, expected 0 … 1", UsageError);
+  CHECK_THROWS_WITH_AS(passkey_prompt(*model, text, 1000, 1.5, "12345"), "passkey: depth = 1.5, expected 0 … 1",
+                       UsageError);
   CHECK_THROWS_WITH_AS(passkey_prompt(*model, "\n \n", 1000, 0, "12345"),
                        "passkey: the document holds no text, expected at least one line of filler", Error);
 }
@@ -117,7 +120,9 @@ TEST_CASE("the copied passage stands twice, the rest is the document in order") 
       REQUIRE(static_cast<Index>(task.tokens.size()) == 50 + 200 + gap + 200);
       CHECK(task.first == 50);
       CHECK(task.second == 250 + gap);
-      const auto passage = [&](Index at) { return std::vector<Token>(task.tokens.begin() + at, task.tokens.begin() + at + 200); };
+      const auto passage = [&](Index at) {
+        return std::vector<Token>(task.tokens.begin() + at, task.tokens.begin() + at + 200);
+      };
       CHECK(passage(task.first) == passage(task.second));
       std::vector<Token> around(task.tokens.begin(), task.tokens.begin() + 50);
       around.insert(around.end(), task.tokens.begin() + 250, task.tokens.begin() + 250 + gap);
@@ -125,7 +130,8 @@ TEST_CASE("the copied passage stands twice, the rest is the document in order") 
       CHECK(passage(50).back() == passage(50).front() + 199);
       CHECK((passage(50).front() > around.back() || passage(50).back() < around.front()));
     }
-  CHECK_THROWS_WITH_AS(make_copy(*model, ids, 751, 0), "copy: the document holds 1000 tokens, expected at least 1001", Error);
+  CHECK_THROWS_WITH_AS(make_copy(*model, ids, 751, 0), "copy: the document holds 1000 tokens, expected at least 1001",
+                       Error);
   CHECK_THROWS_WITH_AS(make_copy(*model, ids, 0, 0), "copy: gap = 0 tokens, expected >= 1", UsageError);
 }
 
@@ -161,7 +167,8 @@ TEST_CASE("every mechanism gets the same questions and a row of its own") {
   for (const CompareRow& row : rows) {
     CHECK(row.tokens == 700);
     REQUIRE(row.nll_by_position.size() == 699);
-    CHECK(row.nll == doctest::Approx(std::accumulate(row.nll_by_position.begin(), row.nll_by_position.end(), 0.0) / 699));
+    CHECK(row.nll ==
+          doctest::Approx(std::accumulate(row.nll_by_position.begin(), row.nll_by_position.end(), 0.0) / 699));
     CHECK(row.ppl == doctest::Approx(std::exp(row.nll)));
     CHECK(row.tokens_per_s == doctest::Approx(700 / row.prefill_s));
     CHECK(row.attention_s + row.linear_s <= row.prefill_s);

@@ -94,7 +94,8 @@ TEST_CASE("davit's channel attention equals its definition") {
         check_channel(c, "davit:kind=channel", 1 / std::sqrt(static_cast<double>(d)));
         check_channel(c, "davit:scale_mode=tokens", 1 / std::sqrt(static_cast<double>(n)));
       }
-    check_channel(Case({2, 4, 2, 259, 259, 33, 33}, DType::f16, arithmetic, Layout::tokens), "davit", 1 / std::sqrt(33.0));
+    check_channel(Case({2, 4, 2, 259, 259, 33, 33}, DType::f16, arithmetic, Layout::tokens), "davit",
+                  1 / std::sqrt(33.0));
     check_channel(Case({1, 1, 1, 5, 5, 100, 100}, DType::f32, arithmetic, Layout::scattered), "davit", 0.1);
     // More than one slab of tokens: sums of thousands must keep their digits.
     check_channel(Case({1, 1, 1, 9001, 9001, 32, 32}, DType::f32, arithmetic), "davit", 1 / std::sqrt(32.0));
@@ -122,7 +123,8 @@ TEST_CASE("davit's channel attention moves with its tokens") {
   for (Index h = 0; h < 2; ++h)
     for (Index t = 0; t < 150; ++t)
       for (Index d = 0; d < 32; ++d)
-        worst = std::max(worst, std::fabs(b.o.as<float>()[(h * 150 + t) * 32 + d] - a.o.as<float>()[(h * 150 + from(t)) * 32 + d]));
+        worst = std::max(
+            worst, std::fabs(b.o.as<float>()[(h * 150 + t) * 32 + d] - a.o.as<float>()[(h * 150 + from(t)) * 32 + d]));
   CHECK(worst < 5e-6);
 }
 
@@ -140,7 +142,8 @@ TEST_CASE("davit's window attention equals its definition") {
     std::vector<Index> grid;
     Index window;
   };
-  const Setting settings[] = {{{14, 14}, 7}, {{15, 20}, 7}, {{20, 15}, 4}, {{9, 31}, 12}, {{1, 40}, 3}, {{64, 4}, 1}, {{233}, 7}, {{5, 6, 7}, 3}};
+  const Setting settings[] = {{{14, 14}, 7}, {{15, 20}, 7}, {{20, 15}, 4}, {{9, 31}, 12},
+                              {{1, 40}, 3},  {{64, 4}, 1},  {{233}, 7},    {{5, 6, 7}, 3}};
   for (const DType arithmetic : {DType::f32, DType::bf16})
     for (const Setting& s : settings) {
       const Index n = std::accumulate(s.grid.begin(), s.grid.end(), Index{1}, std::multiplies<>());
@@ -162,7 +165,7 @@ TEST_CASE("davit's window attention equals its definition") {
 TEST_CASE("davit's window attention with one window is dense attention") {
   const Case c({1, 2, 2, 143, 143, 32, 32});
   const Naive want = naive_attention(c, dense_sees(c, false));
-  for (const Index window : {13, 14, 5000})
+  for (const Index window : {13, 14, 1000000000})
     CHECK_AGREES(run(fmt::format("davit:kind=window,grid=11x13,window={}", window), c.input()), want, c);
 }
 
@@ -182,13 +185,17 @@ TEST_CASE("davit: the same bits for any number of threads") {
 
 TEST_CASE("davit refuses what it cannot mean") {
   const Case c({1, 2, 2, 30, 30, 16, 8});
-  CHECK_FAILS(run("davit", c.input()), Error, "v: head size 8, expected that of q, 16, where channels attend to channels");
+  CHECK_FAILS(run("davit", c.input()), Error,
+              "v: head size 8, expected that of q, 16, where channels attend to channels");
   CHECK_FAILS(run("davit:kind=window", c.input()), UsageError,
               "davit: grid is missing, expected lengths of the token grid's axes, such as 14x14");
   CHECK_FAILS(run("davit:kind=window,grid=5x6,window=0", c.input()), UsageError, "davit: window = 0, expected >= 1");
-  CHECK_FAILS(run("davit:kind=window,grid=5x5", c.input()), UsageError, "davit: grid = 5x5, expected lengths whose product is N = 30");
+  CHECK_FAILS(run("davit:kind=window,grid=5x5", c.input()), UsageError,
+              "davit: grid = 5x5, expected lengths whose product is N = 30");
   CHECK_FAILS(run("davit:kind=both", c.input()), UsageError, "davit: kind = both, expected one of channel, window");
-  CHECK_FAILS(run("davit", c.input(true)), UsageError, "davit: causal = true, expected false: it is not causal by definition");
+  CHECK_FAILS(run("davit", c.input(true)), UsageError,
+              "davit: causal = true, expected false: it is not causal by definition");
   const Case unequal({1, 2, 2, 30, 31, 16, 16});
-  CHECK_FAILS(run("davit", unequal.input()), Error, "davit: 30 queries and 31 keys, expected as many of one as of the other");
+  CHECK_FAILS(run("davit", unequal.input()), Error,
+              "davit: 30 queries and 31 keys, expected as many of one as of the other");
 }

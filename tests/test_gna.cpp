@@ -33,7 +33,10 @@ void check_gna(const Neighborhood& n, const Case& c) {
 GridWindow windows_of(const Neighborhood& n) {
   GridWindow w;
   for (size_t a = 0; a < n.grid.size(); ++a)
-    w[3 - n.grid.size() + a] = {.length = n.grid[a], .kernel = n.kernel[a], .stride = n.stride[a], .dilation = n.dilation[a],
+    w[3 - n.grid.size() + a] = {.length = n.grid[a],
+                                .kernel = n.kernel[a],
+                                .stride = n.stride[a],
+                                .dilation = n.dilation[a],
                                 .causal = n.causal[a] != 0};
   return w;
 }
@@ -49,7 +52,8 @@ TEST_CASE("gna equals its definition on random grids") {
     for (size_t a = 0; a < axes; ++a) {
       const Index length = axes == 1 ? between(2, 400) : axes == 2 ? between(2, 23) : between(2, 8);
       const Index d = between(0, 1) == 0 ? 1 : between(1, length / 2), k = between(2, length / d), s = between(1, k);
-      n.grid.push_back(length), n.kernel.push_back(k), n.stride.push_back(s), n.dilation.push_back(d), n.causal.push_back(between(0, 1));
+      n.grid.push_back(length), n.kernel.push_back(k), n.stride.push_back(s), n.dilation.push_back(d),
+          n.causal.push_back(between(0, 1));
     }
     const Index d[] = {16, 33, 64}, dv[] = {16, 8, 40};
     const size_t pick = static_cast<size_t>(round % 5 % 3);
@@ -69,7 +73,8 @@ TEST_CASE("gna on grids of several query tiles") {
 }
 
 TEST_CASE("gna with a stride of 1 is natten to the bit") {
-  for (const Neighborhood& n : {Neighborhood{{20, 30}, {7, 6}, {1, 1}, {1, 2}, {0, 1}}, Neighborhood{{500}, {33}, {1}, {4}, {0}}}) {
+  for (const Neighborhood& n :
+       {Neighborhood{{20, 30}, {7, 6}, {1, 1}, {1, 2}, {0, 1}}, Neighborhood{{500}, {33}, {1}, {4}, {0}}}) {
     const Case c(sizes(n));
     const Got a = run(n.call("gna"), c.input()), b = run(n.call("natten"), c.input());
     CHECK(same_bits(a.o, b.o));
@@ -95,7 +100,9 @@ TEST_CASE("gna with a stride of kernel_size is blocked attention") {
   // Two axes: pairs in the same block of 6 × 8.
   const Neighborhood n{{24, 32}, {6, 8}, {6, 8}, {1, 1}, {0, 0}};
   const Case image(sizes(n));
-  const Sees blocked = [](Index, Index, Index t, Index j) { return t / 32 / 6 == j / 32 / 6 && t % 32 / 8 == j % 32 / 8; };
+  const Sees blocked = [](Index, Index, Index t, Index j) {
+    return t / 32 / 6 == j / 32 / 6 && t % 32 / 8 == j % 32 / 8;
+  };
   CHECK_AGREES(run(n.call("gna"), image.input()), naive_attention(image, blocked), image);
 }
 
@@ -107,9 +114,12 @@ TEST_CASE("gna with the grid as its window is self attention") {
 
 TEST_CASE("gna visits the tiles that were counted beforehand") {
   const Neighborhood many[] = {
-      {{64, 64}, {16, 16}, {1, 1}, {1, 1}, {0, 0}},   {{64, 64}, {16, 16}, {16, 16}, {1, 1}, {0, 0}},
-      {{64, 64}, {20, 20}, {4, 4}, {1, 1}, {0, 0}},   {{40, 50}, {7, 9}, {2, 3}, {2, 3}, {0, 1}},
-      {{9, 20, 31}, {4, 8, 5}, {4, 2, 1}, {1, 1, 3}, {1, 0, 0}}, {{3000}, {300}, {50}, {1}, {0}},
+      {{64, 64}, {16, 16}, {1, 1}, {1, 1}, {0, 0}},
+      {{64, 64}, {16, 16}, {16, 16}, {1, 1}, {0, 0}},
+      {{64, 64}, {20, 20}, {4, 4}, {1, 1}, {0, 0}},
+      {{40, 50}, {7, 9}, {2, 3}, {2, 3}, {0, 1}},
+      {{9, 20, 31}, {4, 8, 5}, {4, 2, 1}, {1, 1, 3}, {1, 0, 0}},
+      {{3000}, {300}, {50}, {1}, {0}},
       {{3000}, {300}, {1}, {7}, {1}},
   };
   for (const Neighborhood& n : many) {
@@ -165,7 +175,8 @@ TEST_CASE("gna: the same bits for any number of threads") {
 
 TEST_CASE("gna refuses what it cannot mean") {
   const Case c({1, 1, 1, 30, 30, 16, 16});
-  CHECK_FAILS(run("gna:kernel_size=3,stride=4", c.input()), UsageError, "gna: stride = 4 on axis 0, expected at most kernel_size = 3");
+  CHECK_FAILS(run("gna:kernel_size=3,stride=4", c.input()), UsageError,
+              "gna: stride = 4 on axis 0, expected at most kernel_size = 3");
   CHECK_FAILS(run("gna:grid=5x6,kernel_size=3x4,stride=1x5", c.input()), UsageError,
               "gna: stride = 5 on axis 1, expected at most kernel_size = 4");
   CHECK_FAILS(run("gna:kernel_size=3,stride=0", c.input()), UsageError, "gna: stride = 0, expected values >= 1");

@@ -15,7 +15,8 @@ TEST_CASE("boxes list every token once, near ones together") {
   const auto between = [&](Index low, Index high) { return std::uniform_int_distribution<Index>(low, high)(random); };
   for (int round = 0; round < 200; ++round) {
     Extents length, dilation, size;
-    for (size_t a = 0; a < 3; ++a) length[a] = between(1, 13), dilation[a] = between(1, std::min<Index>(4, length[a])), size[a] = between(1, 5);
+    for (size_t a = 0; a < 3; ++a)
+      length[a] = between(1, 13), dilation[a] = between(1, std::min<Index>(4, length[a])), size[a] = between(1, 5);
     const Boxes boxes(length, dilation, size);
     const std::vector<std::int32_t> tokens = boxes.tokens(), slots = boxes.slots();
     REQUIRE(static_cast<Index>(tokens.size()) == volume(length));
@@ -62,8 +63,10 @@ TEST_CASE("windows, their sizes and their inverses for every length up to 21") {
             for (Index j = 0; j < length; ++j) {
               const bool seen = axis_sees(length, k, s, 1, causal, i, j);
               const bool sees_i = axis_sees(length, k, s, 1, causal, j, i);
-              if (seen != (keys.begin <= j && j < keys.end)) FAIL_CHECK("keys of ", i, " in ", length, ", k ", k, ", s ", s);
-              if (sees_i != (queries.begin <= j && j < queries.end)) FAIL_CHECK("queries of ", i, " in ", length, ", k ", k, ", s ", s, ", causal ", causal);
+              if (seen != (keys.begin <= j && j < keys.end))
+                FAIL_CHECK("keys of ", i, " in ", length, ", k ", k, ", s ", s);
+              if (sees_i != (queries.begin <= j && j < queries.end))
+                FAIL_CHECK("queries of ", i, " in ", length, ", k ", k, ", s ", s, ", causal ", causal);
             }
           }
         }
@@ -78,7 +81,8 @@ TEST_CASE("windows, their sizes and their inverses for every length up to 21") {
 
 namespace {
 
-GridWindow windows(const std::vector<Index>& length, const std::vector<Index>& kernel, const std::vector<Index>& stride) {
+GridWindow windows(const std::vector<Index>& length, const std::vector<Index>& kernel,
+                   const std::vector<Index>& stride) {
   GridWindow w;
   for (size_t a = 0; a < length.size(); ++a)
     w[3 - length.size() + a] = {.length = length[a], .kernel = kernel[a], .stride = stride[a]};
@@ -122,7 +126,8 @@ TEST_CASE("tile visits of known settings") {
     const Index strides[] = {1, 4, 8, 16};
     for (size_t i = 0; i < 4; ++i)
       CHECK(count_tile_visits(windows({64, 64}, {20, 20}, {strides[i], strides[i]}), tile).visited == visits[i]);
-    for (const Index s : {1, 2, 4, 8}) CHECK(count_tile_visits(windows({64, 64}, {16, 16}, {s, s}), tile).visited == 484);
+    for (const Index s : {1, 2, 4, 8})
+      CHECK(count_tile_visits(windows({64, 64}, {16, 16}, {s, s}), tile).visited == 484);
     // Strides that do not divide the tiles cost more (the count of pairs below says so as well).
     CHECK(count_tile_visits(windows({64, 64}, {16, 16}, {3, 3}), tile).visited == 576);
     CHECK(count_tile_visits(windows({64, 64}, {16, 16}, {16, 16}), tile).visited == 256);
@@ -144,8 +149,10 @@ TEST_CASE("tile visits against a count of pairs") {
     Neighborhood n;
     GridWindow window;
     for (size_t a = 0; a < 2; ++a) {
-      const Index length = between(4, 14), d = between(1, length / 2), k = between(2, length / d), s = between(1, k), c = between(0, 1);
-      n.grid.push_back(length), n.dilation.push_back(d), n.kernel.push_back(k), n.stride.push_back(s), n.causal.push_back(c);
+      const Index length = between(4, 14), d = between(1, length / 2), k = between(2, length / d), s = between(1, k),
+                  c = between(0, 1);
+      n.grid.push_back(length), n.dilation.push_back(d), n.kernel.push_back(k), n.stride.push_back(s),
+          n.causal.push_back(c);
       window[a + 1] = {.length = length, .kernel = k, .stride = s, .dilation = d, .causal = c != 0};
     }
     const TileShape tile{{1, between(1, 4), between(1, 4)}, {1, between(1, 4), between(1, 4)}};
@@ -153,7 +160,8 @@ TEST_CASE("tile visits against a count of pairs") {
     const auto tile_of = [&](Index token, const Extents& size) {
       const std::vector<Index> x = coordinates(n.grid, token);
       std::vector<Index> id;
-      for (size_t a = 0; a < 2; ++a) id.push_back(x[a] % n.dilation[a]), id.push_back(x[a] / n.dilation[a] / size[a + 1]);
+      for (size_t a = 0; a < 2; ++a)
+        id.push_back(x[a] % n.dilation[a]), id.push_back(x[a] / n.dilation[a] / size[a + 1]);
       return id;
     };
     struct Counts {
@@ -161,16 +169,19 @@ TEST_CASE("tile visits against a count of pairs") {
     } counts;
     bool masks = false;
     std::vector<std::vector<Index>> query_tile, key_tile;
-    for (Index t = 0; t < n.tokens(); ++t) query_tile.push_back(tile_of(t, tile.query)), key_tile.push_back(tile_of(t, tile.key));
+    for (Index t = 0; t < n.tokens(); ++t)
+      query_tile.push_back(tile_of(t, tile.query)), key_tile.push_back(tile_of(t, tile.key));
     for (Index i = 0; i < n.tokens(); ++i)
       for (Index j = 0; j < n.tokens(); ++j)
-        if (sees(n, i, j)) counts.visited.emplace_back(query_tile[static_cast<size_t>(i)], key_tile[static_cast<size_t>(j)]);
+        if (sees(n, i, j))
+          counts.visited.emplace_back(query_tile[static_cast<size_t>(i)], key_tile[static_cast<size_t>(j)]);
     std::sort(counts.visited.begin(), counts.visited.end());
     counts.visited.erase(std::unique(counts.visited.begin(), counts.visited.end()), counts.visited.end());
     for (Index i = 0; i < n.tokens(); ++i)
       for (Index j = 0; j < n.tokens(); ++j)
         masks = masks || (!sees(n, i, j) && std::binary_search(counts.visited.begin(), counts.visited.end(),
-                                                               std::make_pair(query_tile[static_cast<size_t>(i)], key_tile[static_cast<size_t>(j)])));
+                                                               std::make_pair(query_tile[static_cast<size_t>(i)],
+                                                                              key_tile[static_cast<size_t>(j)])));
     const TileVisits got = count_tile_visits(window, tile);
     CHECK(got.visited == static_cast<Index>(counts.visited.size()));
     // Whole tiles by this count may still have been missed where a causal window has one query.
@@ -194,7 +205,8 @@ TEST_CASE("permuted columns hold the same bits") {
       const Source& source = permuted->source;
       std::vector<float> key(static_cast<size_t>(d)), value(static_cast<size_t>(dv));
       const auto element = [&](const void* data, Index i) {
-        return source.layout.dtype == DType::f32 ? static_cast<const float*>(data)[i] : to_f32(static_cast<const bf16*>(data)[i]);
+        return source.layout.dtype == DType::f32 ? static_cast<const float*>(data)[i]
+                                                 : to_f32(static_cast<const bf16*>(data)[i]);
       };
       for (Index head = 0; head < 4; ++head) {
         const SourceView& view = source.views[static_cast<size_t>(head)];
@@ -205,9 +217,11 @@ TEST_CASE("permuted columns hold the same bits") {
           if (token >= 0) CHECK(view.position[column] == token);
           Index wrong = 0;
           for (Index i = 0; i < d; ++i)
-            wrong += element(view.keys, source.layout.key_offset(column, i)) != (token < 0 ? 0 : key[static_cast<size_t>(i)]);
+            wrong += element(view.keys, source.layout.key_offset(column, i)) !=
+                     (token < 0 ? 0 : key[static_cast<size_t>(i)]);
           for (Index e = 0; e < dv; ++e)
-            wrong += element(view.values, source.layout.value_offset(column, e)) != (token < 0 ? 0 : value[static_cast<size_t>(e)]);
+            wrong += element(view.values, source.layout.value_offset(column, e)) !=
+                     (token < 0 ? 0 : value[static_cast<size_t>(e)]);
           CHECK(wrong == 0);
         }
       }

@@ -13,7 +13,9 @@ struct HiLo {
   std::vector<Index> grid;
   Index window;
   double alpha;
-  std::string call() const { return fmt::format("hilo:grid={},alpha={},window={}", fmt::join(grid, "x"), alpha, window); }
+  std::string call() const {
+    return fmt::format("hilo:grid={},alpha={},window={}", fmt::join(grid, "x"), alpha, window);
+  }
 };
 
 /// Number of the window of each token, counted in row-major order.
@@ -62,7 +64,8 @@ Naive naive_hilo(const Case& c, const HiLo& o, Index lo_heads) {
         result.lse[row] = std::log(sum);
         for (size_t w = 0; w < tokens.size(); ++w)
           for (Index e = 0; e < s.Dv; ++e)
-            result.o[row * static_cast<size_t>(s.Dv) + static_cast<size_t>(e)] += score[w] / sum * v[w][static_cast<size_t>(e)] / tokens[w];
+            result.o[row * static_cast<size_t>(s.Dv) + static_cast<size_t>(e)] +=
+                score[w] / sum * v[w][static_cast<size_t>(e)] / tokens[w];
         result.pairs += count;
       }
     }
@@ -97,6 +100,7 @@ TEST_CASE("hilo equals its definition") {
     check_hilo(Case(sizes(2, 600), DType::f32, arithmetic), {{20, 30}, 9, 0.5}, 1);  // windows of more than a panel
     check_hilo(Case(sizes(2, 600), DType::f32, arithmetic), {{20, 30}, 8, 0.5}, 1);
     check_hilo(Case(sizes(2, 1), DType::f32, arithmetic), {{1, 1}, 2, 0.5}, 1);
+    check_hilo(Case(sizes(2, 30), DType::f32, arithmetic), {{5, 6}, 1000000000, 0.5}, 1);
   }
 }
 
@@ -161,11 +165,14 @@ TEST_CASE("hilo refuses what it cannot mean") {
   const Case c(sizes(2, 30));
   CHECK_FAILS(run("hilo", c.input()), UsageError,
               "hilo: grid is missing, expected lengths of the token grid's axes, row-major, such as 14x14");
-  CHECK_FAILS(run("hilo:grid=5x7", c.input()), UsageError, "hilo: grid = 5x7, expected lengths whose product is N = 30");
+  CHECK_FAILS(run("hilo:grid=5x7", c.input()), UsageError,
+              "hilo: grid = 5x7, expected lengths whose product is N = 30");
   CHECK_FAILS(run("hilo:grid=5x6,alpha=1.1", c.input()), UsageError, "hilo: alpha = 1.1, expected 0 … 1");
   CHECK_FAILS(run("hilo:grid=5x6,alpha=-0.1", c.input()), UsageError, "hilo: alpha = -0.1, expected 0 … 1");
   CHECK_FAILS(run("hilo:grid=5x6,window=0", c.input()), UsageError, "hilo: window = 0, expected >= 1");
-  CHECK_FAILS(run("hilo:grid=5x6", c.input(true)), UsageError, "hilo: causal = true, expected false: it is not causal by definition");
+  CHECK_FAILS(run("hilo:grid=5x6", c.input(true)), UsageError,
+              "hilo: causal = true, expected false: it is not causal by definition");
   const Case grouped({1, 4, 2, 30, 30, 16, 16});
-  CHECK_FAILS(run("hilo:grid=5x6", grouped.input()), Error, "hilo: 4 heads of q and 2 of k, expected as many of one as of the other");
+  CHECK_FAILS(run("hilo:grid=5x6", grouped.input()), Error,
+              "hilo: 4 heads of q and 2 of k, expected as many of one as of the other");
 }

@@ -23,9 +23,7 @@ struct Matrix {
     Random random(seed);
     for (Index i = 0; i < r * c; ++i) values.push_back(static_cast<float>(random.normal()));
   }
-  GgufTensor tensor() const {
-    return {"w", WeightFormat::f32, {rows, columns}, std::as_bytes(std::span(values))};
-  }
+  GgufTensor tensor() const { return {"w", WeightFormat::f32, {rows, columns}, std::as_bytes(std::span(values))}; }
   double at(Index r, Index c, DType arithmetic) const {
     const double x = values[static_cast<size_t>(r * columns + c)];
     return arithmetic == DType::bf16 ? test::nearest_bf16(x) : x;
@@ -68,8 +66,8 @@ TEST_CASE("a linear layer is x W^T") {
             const Index ldy = round_up(outputs, Index{16}) + 16;
             std::vector<float> y(static_cast<size_t>(rows * ldy), untouched);
             linear.apply(a, y.data(), ldy);
-            CHECK_MESSAGE(worst(w, x, arithmetic, y, ldy) < 2e-5 * std::sqrt(static_cast<double>(inputs)) + 1e-6, isa, " ",
-                          name_of(arithmetic), " ", rows, "x", inputs, " -> ", outputs);
+            CHECK_MESSAGE(worst(w, x, arithmetic, y, ldy) < 2e-5 * std::sqrt(static_cast<double>(inputs)) + 1e-6, isa,
+                          " ", name_of(arithmetic), " ", rows, "x", inputs, " -> ", outputs);
           }
   }
 }
@@ -113,6 +111,7 @@ TEST_CASE("rows of activations may have a stride, and are checked") {
     linear.apply(a, y.data(), 32);
     CHECK(worst(w, x, arithmetic, y, 32) < 2e-4);
     a.assign(wide.data(), 5, 23, arithmetic, 40);
-    CHECK_THROWS_WITH_AS(linear.apply(a, y.data(), 32), "activations: columns = 23, expected the layer's 24 inputs", Error);
+    CHECK_THROWS_WITH_AS(linear.apply(a, y.data(), 32), "activations: columns = 23, expected the layer's 24 inputs",
+                         Error);
   }
 }

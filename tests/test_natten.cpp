@@ -40,10 +40,11 @@ TEST_CASE("natten equals its definition on random grids") {
       const Index k = between(0, 3) == 0 ? length / d : between(2, length / d);
       n.grid.push_back(length), n.kernel.push_back(k), n.dilation.push_back(d), n.causal.push_back(between(0, 2) == 0);
     }
-    const Sizes s{1 + round % 2, 4, round % 2 == 0 ? 4 : 1, n.tokens(), n.tokens(), round % 7 == 0 ? 128 : 17, round % 3 == 0 ? 24 : 17};
+    const Sizes s{1 + round % 2,           4, round % 2 == 0 ? 4 : 1, n.tokens(), n.tokens(), round % 7 == 0 ? 128 : 17,
+                  round % 3 == 0 ? 24 : 17};
     const DType element = round % 3 == 0 ? DType::f32 : round % 3 == 1 ? DType::bf16 : DType::f16;
-    check_natten(n, Case(s, element, round % 4 == 1 ? DType::bf16 : DType::f32, round % 5 == 0 ? Layout::tokens : Layout::packed,
-                         static_cast<std::uint64_t>(round)));
+    check_natten(n, Case(s, element, round % 4 == 1 ? DType::bf16 : DType::f32,
+                         round % 5 == 0 ? Layout::tokens : Layout::packed, static_cast<std::uint64_t>(round)));
   }
 }
 
@@ -88,7 +89,8 @@ TEST_CASE("natten: shifting the input shifts outputs far from the border") {
         shifted.k.set(0, 0, y * width + x, d, c.k.get(0, 0, y * width + x - 1, d));
         shifted.v.set(0, 0, y * width + x, d, c.v.get(0, 0, y * width + x - 1, d));
       }
-  const Got a = run("natten:grid=18x21,kernel_size=5", c.input()), b = run("natten:grid=18x21,kernel_size=5", shifted.input());
+  const Got a = run("natten:grid=18x21,kernel_size=5", c.input()),
+            b = run("natten:grid=18x21,kernel_size=5", shifted.input());
   for (Index y = 0; y < height; ++y)
     for (Index x = k / 2; x + k / 2 + 1 < width; ++x)
       for (Index d = 0; d < 16; ++d)
@@ -129,7 +131,8 @@ TEST_CASE("natten: no output depends on a later token of a causal axis") {
       for (Index d = 0; d < 16; ++d) changed.k.set(0, 0, j, d, 20), changed.v.set(0, 0, j, d, 500);
     const Got after = run(call, changed.input());
     for (Index h = 0; h < 2; ++h)
-      CHECK(std::equal(before.o.begin() + h * 240 * 16, before.o.begin() + (h * 240 + (row + 1) * 20) * 16, after.o.begin() + h * 240 * 16));
+      CHECK(std::equal(before.o.begin() + h * 240 * 16, before.o.begin() + (h * 240 + (row + 1) * 20) * 16,
+                       after.o.begin() + h * 240 * 16));
   }
 }
 
@@ -147,7 +150,8 @@ TEST_CASE("natten: the same bits for any number of threads") {
 
 TEST_CASE("natten refuses what it cannot mean") {
   const Case c({1, 2, 1, 30, 30, 16, 8});
-  CHECK_FAILS(run("natten", c.input()), UsageError, "natten: kernel_size is missing, expected keys in a window, per axis");
+  CHECK_FAILS(run("natten", c.input()), UsageError,
+              "natten: kernel_size is missing, expected keys in a window, per axis");
   CHECK_FAILS(run("natten:kernel_size=1", c.input()), UsageError, "natten: kernel_size = 1, expected values >= 2");
   CHECK_FAILS(run("natten:kernel_size=31", c.input()), UsageError,
               "natten: kernel_size · dilation = 31 · 1 on axis 0, expected at most its length 30");
@@ -155,14 +159,18 @@ TEST_CASE("natten refuses what it cannot mean") {
               "natten: kernel_size · dilation = 3 · 3 on axis 1, expected at most its length 6");
   CHECK_FAILS(run("natten:grid=5x6,kernel_size=3x3x3", c.input()), UsageError,
               "natten: kernel_size = 3x3x3, expected one value or 2 for grid = 5x6");
-  CHECK_FAILS(run("natten:kernel_size=3x3", c.input()), UsageError, "natten: kernel_size = 3x3, expected one value for grid = 30");
+  CHECK_FAILS(run("natten:kernel_size=3x3", c.input()), UsageError,
+              "natten: kernel_size = 3x3, expected one value for grid = 30");
   CHECK_FAILS(run("natten:grid=5x7,kernel_size=3", c.input()), UsageError,
               "natten: grid = 5x7, expected lengths whose product is N = 30");
   CHECK_FAILS(run("natten:grid=4611686018427387904x4,kernel_size=3", c.input()), UsageError,
               "natten: grid = 4611686018427387904x4, expected lengths whose product is N = 30");
-  CHECK_FAILS(run("natten:grid=1x1x5x6,kernel_size=3", c.input()), UsageError, "natten: grid = 1x1x5x6, expected 1 … 3 axes");
-  CHECK_FAILS(run("natten:kernel_size=3,is_causal=2", c.input()), UsageError, "natten: is_causal = 2, expected values 0 … 1");
-  CHECK_FAILS(run("natten:kernel_size=3,dilation=0", c.input()), UsageError, "natten: dilation = 0, expected values >= 1");
+  CHECK_FAILS(run("natten:grid=1x1x5x6,kernel_size=3", c.input()), UsageError,
+              "natten: grid = 1x1x5x6, expected 1 … 3 axes");
+  CHECK_FAILS(run("natten:kernel_size=3,is_causal=2", c.input()), UsageError,
+              "natten: is_causal = 2, expected values 0 … 1");
+  CHECK_FAILS(run("natten:kernel_size=3,dilation=0", c.input()), UsageError,
+              "natten: dilation = 0, expected values >= 1");
   const Case unequal({1, 1, 1, 20, 30, 16, 8});
   CHECK_FAILS(run("natten:kernel_size=3", unequal.input()), Error,
               "natten: 20 queries and 30 keys, expected as many of one as of the other");
@@ -171,7 +179,8 @@ TEST_CASE("natten refuses what it cannot mean") {
   in.extra["k_extra"] = extra.k.view();
   CHECK_FAILS(run("natten:kernel_size=3", in), Error, "natten: tensor v_extra is missing, expected it beside k_extra");
   in.extra["v_extra"] = longer.v.view();
-  CHECK_FAILS(run("natten:kernel_size=3", in), Error, "v_extra: shape = [1, 1, 5, 8], expected the 4 tokens of k_extra");
+  CHECK_FAILS(run("natten:kernel_size=3", in), Error,
+              "v_extra: shape = [1, 1, 5, 8], expected the 4 tokens of k_extra");
   const Case heads({1, 3, 2, 30, 30, 16, 8});
   CHECK_FAILS(run("natten:kernel_size=3", heads.input()), Error, "q: 3 heads, expected a multiple of the 2 heads of k");
 }

@@ -51,7 +51,8 @@ TEST_CASE("draws follow the tempered distribution") {
   const std::vector<float> x = logits_of({0.1, 0.4, 0.2, 0.3});
   check_shares(shares({.temperature = 1, .seed = 3}, x), {{0, 0.1}, {1, 0.4}, {2, 0.2}, {3, 0.3}});
   // Temperature 0.5 squares the probabilities: 0.01, 0.16, 0.04, 0.09 of 0.3.
-  check_shares(shares({.temperature = 0.5, .seed = 3}, x), {{0, 0.01 / 0.3}, {1, 0.16 / 0.3}, {2, 0.04 / 0.3}, {3, 0.3}});
+  check_shares(shares({.temperature = 0.5, .seed = 3}, x),
+               {{0, 0.01 / 0.3}, {1, 0.16 / 0.3}, {2, 0.04 / 0.3}, {3, 0.3}});
 }
 
 TEST_CASE("top-k, top-p and min-p leave tokens out, in that order") {

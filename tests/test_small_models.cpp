@@ -78,7 +78,8 @@ std::string refusal(const std::string& file) {
 }
 
 // The refusal of a model with one key that is not as it should be.
-std::string refusal_with(const TinySizes& sizes, const std::string& key, const std::function<void(test::GgufWriter&)>& write) {
+std::string refusal_with(const TinySizes& sizes, const std::string& key,
+                         const std::function<void(test::GgufWriter&)>& write) {
   const TinyModel tiny(sizes);
   test::GgufWriter writer = tiny.metadata({key});
   write(writer);
@@ -142,7 +143,8 @@ TEST_CASE("chunks, decoding and threads leave every bit as it is") {
           Session session(*model, options(150, chunk, call, arithmetic));
           session.prefill({tokens.begin(), tokens.begin() + 140});
           for (size_t i = 140; i < 149; ++i) session.decode(tokens[i]);
-          CHECK_MESSAGE(test::same_bits(session.decode(tokens[149]), whole), sizes.architecture, " ", call, " chunk ", chunk);
+          CHECK_MESSAGE(test::same_bits(session.decode(tokens[149]), whole), sizes.architecture, " ", call, " chunk ",
+                        chunk);
         }
       }
 }
@@ -163,8 +165,9 @@ TEST_CASE("mechanisms that need the whole prompt see it whatever the chunk") {
     const std::vector<float> want = whole.prefill(tokens);
     CHECK(test::same_bits(parts.prefill(tokens), want));
     CHECK(rows == 300);
-    CHECK_THROWS_WITH_AS(parts.prefill({1, 2}), (m->name + ": 300 tokens are held already, expected none: it needs the whole prompt at once").c_str(),
-                         Error);
+    CHECK_THROWS_WITH_AS(
+        parts.prefill({1, 2}),
+        (m->name + ": 300 tokens are held already, expected none: it needs the whole prompt at once").c_str(), Error);
     CHECK(test::same_bits(std::vector<float>(whole.decode(1)), parts.decode(1)));
   }
 }
@@ -188,7 +191,8 @@ TEST_CASE("scoring gives -ln p of every token but the first") {
   const test::UseThreads use(5);
   CHECK(session.score_hidden() == nll);
   Session empty(*model, options(300));
-  CHECK_THROWS_WITH_AS(empty.score_hidden(), "score: no hidden states, expected a prefill that keeps them before", Error);
+  CHECK_THROWS_WITH_AS(empty.score_hidden(), "score: no hidden states, expected a prefill that keeps them before",
+                       Error);
 }
 
 TEST_CASE("a mechanism acts in its layers and its phase alone") {
@@ -248,17 +252,20 @@ TEST_CASE("tokens are forgotten by truncating, by errors and by stopping") {
 
   session.truncate(10);
   Index done = 0;
-  CHECK_THROWS_AS(session.prefill({tokens.begin() + 10, tokens.end()}, [&](Index n, Index total) {
-    CHECK(total == 50);
-    done = n;
-    return n < 40;
-  }), Interrupted);
+  CHECK_THROWS_AS(session.prefill({tokens.begin() + 10, tokens.end()},
+                                  [&](Index n, Index total) {
+                                    CHECK(total == 50);
+                                    done = n;
+                                    return n < 40;
+                                  }),
+                  Interrupted);
   CHECK(done == 40);
   CHECK(session.size() == 10);
   CHECK_THROWS_WITH_AS(session.prefill({1, 2, 258}), "token 2 = 258, expected 0 … 257", Error);
   CHECK_THROWS_WITH_AS(session.prefill({-1}), "token 0 = -1, expected 0 … 257", Error);
   CHECK_THROWS_WITH_AS(session.prefill({}), "tokens: none, expected at least one", Error);
-  CHECK_THROWS_WITH_AS(session.prefill(random_tokens(51)), "tokens = 51, expected at most 50: the context holds 60 tokens, 10 are taken", Error);
+  CHECK_THROWS_WITH_AS(session.prefill(random_tokens(51)),
+                       "tokens = 51, expected at most 50: the context holds 60 tokens, 10 are taken", Error);
   CHECK(test::same_bits(session.prefill({tokens.begin() + 10, tokens.end()}), want));
   CHECK_THROWS_AS(session.decode(1), Error);
 }
@@ -284,7 +291,8 @@ TEST_CASE("sessions refuse what they cannot do") {
   CHECK(refuse([](SessionOptions& o) { o.use.layers = {4}; }) ==
         "layer = 4 has the model's own sliding window, expected a layer with global attention");
   CHECK(refuse([](SessionOptions& o) { o.use.call.name = "nonesuch"; }).find("nonesuch") != std::string::npos);
-  CHECK(refuse([](SessionOptions& o) { o.use.call = MechanismCall::parse("streaming:window=0"); }).find("window = 0") != std::string::npos);
+  CHECK(refuse([](SessionOptions& o) { o.use.call = MechanismCall::parse("streaming:window=0"); }).find("window = 0") !=
+        std::string::npos);
   for (const Mechanism* m : mechanisms())
     if (!m->not_on_models.empty())
       CHECK(refuse([&](SessionOptions& o) { o.use.call = {m->name, {}}; }).find(m->not_on_models) != std::string::npos);
@@ -302,8 +310,10 @@ TEST_CASE("layers are named by numbers and ranges") {
   CHECK_THROWS_WITH_AS(parse_layers("3,8", info), "layers = \"3,8\": no layer 8, expected 0 … 7", UsageError);
   CHECK_THROWS_WITH_AS(parse_layers("9-", info), "layers = \"9-\": no layer 9, expected 0 … 7", UsageError);
   info.local[2] = true;
-  CHECK_THROWS_WITH_AS(parse_layers("1-3", info),
-                       "layers = \"1-3\": layer 2 has the model's own sliding window, expected layers with global attention", UsageError);
+  CHECK_THROWS_WITH_AS(
+      parse_layers("1-3", info),
+      "layers = \"1-3\": layer 2 has the model's own sliding window, expected layers with global attention",
+      UsageError);
 }
 
 TEST_CASE("sizes and memory are known before a model is loaded") {
@@ -330,25 +340,31 @@ TEST_CASE("hostile sizes are refused by name") {
     return refusal_with({}, key, [&](test::GgufWriter& w) { w.u32("llama." + key, x); });
   };
   CHECK(number("attention.head_count", 0) == "tiny.gguf: llama.attention.head_count = 0, expected 1 … 16384");
-  CHECK(number("attention.head_count", 5) == "tiny.gguf: llama.attention.head_count_kv = 2, expected a divisor of llama.attention.head_count = 5");
+  CHECK(number("attention.head_count", 5) ==
+        "tiny.gguf: llama.attention.head_count_kv = 2, expected a divisor of llama.attention.head_count = 5");
   CHECK(number("attention.head_count", 16) == "tiny.gguf: head size = 3, expected an even number up to 1024");
   CHECK(number("attention.head_count_kv", 0) == "tiny.gguf: llama.attention.head_count_kv = 0, expected 1 … 16384");
-  CHECK(number("attention.head_count_kv", 3) == "tiny.gguf: llama.attention.head_count_kv = 3, expected a divisor of llama.attention.head_count = 4");
+  CHECK(number("attention.head_count_kv", 3) ==
+        "tiny.gguf: llama.attention.head_count_kv = 3, expected a divisor of llama.attention.head_count = 4");
   CHECK(number("block_count", 1000000000) == "tiny.gguf: llama.block_count = 1000000000, expected 1 … 20");
   CHECK(number("block_count", 0) == "tiny.gguf: llama.block_count = 0, expected 1 … 20");
   CHECK(number("embedding_length", 0) == "tiny.gguf: llama.embedding_length = 0, expected 1 … 1048576");
-  CHECK(number("embedding_length", 4000000000u) == "tiny.gguf: llama.embedding_length = 4000000000, expected 1 … 1048576");
+  CHECK(number("embedding_length", 4000000000u) ==
+        "tiny.gguf: llama.embedding_length = 4000000000, expected 1 … 1048576");
   CHECK(number("feed_forward_length", 0) == "tiny.gguf: llama.feed_forward_length = 0, expected 1 … 1048576");
   CHECK(number("context_length", 0) == "tiny.gguf: llama.context_length = 0, expected 1 … 1073741824");
   CHECK(number("attention.key_length", 7) == "tiny.gguf: head size = 7, expected an even number up to 1024");
-  CHECK(number("attention.value_length", 8) == "tiny.gguf: llama.attention.value_length = 8 is not supported, expected the head size, 12");
-  CHECK(number("rope.dimension_count", 6) == "tiny.gguf: llama.rope.dimension_count = 6 is not supported, expected the head size, 12");
+  CHECK(number("attention.value_length", 8) ==
+        "tiny.gguf: llama.attention.value_length = 8 is not supported, expected the head size, 12");
+  CHECK(number("rope.dimension_count", 6) ==
+        "tiny.gguf: llama.rope.dimension_count = 6 is not supported, expected the head size, 12");
   CHECK(number("vocab_size", 300) == "tiny.gguf: llama.vocab_size = 300, expected the number of tokens, 258");
   CHECK(number("feed_forward_length", 81).find("blk.0.ffn_gate.weight") != std::string::npos);
   for (float bad : {0.0f, -1.0f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
     for (const char* key : {"rope.freq_base", "attention.layer_norm_rms_epsilon"})
-      CHECK(refusal_with({}, key, [&](test::GgufWriter& w) { w.f32(std::string("llama.") + key, bad); }).find(std::string("llama.") + key) !=
-            std::string::npos);
+      CHECK(refusal_with({}, key, [&](test::GgufWriter& w) {
+              w.f32(std::string("llama.") + key, bad);
+            }).find(std::string("llama.") + key) != std::string::npos);
 }
 
 TEST_CASE("what heed does not do is refused, not passed over") {

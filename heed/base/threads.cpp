@@ -1,6 +1,5 @@
 #include "heed/base/threads.h"
 
-#include <omp.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -10,6 +9,8 @@
 #include <fstream>
 #include <mutex>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "heed/base/error.h"
 
@@ -37,6 +38,98 @@ int cgroup_cpus() {
 
 std::atomic<int> current{0};
 
+// True inside a body: a nested loop runs serially.
+thread_local bool inside = false;
+
+// A moment in which the next loop, or the last unit of this one, usually comes: some 20 µs. After
+// it a waiting thread sleeps, so that on a busy machine it does not take the processor from the
+// thread it waits for.
+template <class Done>
+bool spin_until(Done done) {
+  for (int i = 0; i < 1000; ++i) {
+    if (done()) return true;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  return false;
+}
+
+// Workers that live as long as the process. A loop opens the gate, workers that are awake join, and
+// the caller works too; when no unit is left it shuts the gate and waits for those who joined. One
+// that wakes too late finds the gate shut, and nobody has waited for it.
+class Pool {
+ public:
+  static Pool& instance() {
+    static Pool pool;
+    return pool;
+  }
+  ~Pool() {
+    stop_ = true;
+    ++calls_;
+    calls_.notify_all();
+    for (std::thread& w : workers_) w.join();
+  }
+
+  /// False when another loop holds the pool.
+  bool run(int threads, Index units, const std::function<void(Index, int)>& body) {
+    const std::unique_lock lock(busy_, std::try_to_lock);
+    if (!lock) return false;
+    while (static_cast<int>(workers_.size()) < threads - 1)
+      workers_.emplace_back([this, index = static_cast<int>(workers_.size()) + 1] { serve(index); });
+    body_ = &body, units_ = units, limit_ = threads, next_ = 0;
+    error_ = nullptr;
+    gate_ = open;
+    ++calls_;
+    calls_.notify_all();
+    work(0);
+    gate_ &= ~open;
+    if (!spin_until([&] { return gate_ == 0; }))
+      for (std::uint32_t joined; (joined = gate_) != 0;) gate_.wait(joined);
+    if (error_) std::rethrow_exception(error_);
+    return true;
+  }
+
+ private:
+  static constexpr std::uint32_t open = 1u << 31;  // the rest of gate_ counts those who joined
+
+  void serve(int index) {
+    for (std::uint32_t seen = 0; !stop_;) {
+      if (!spin_until([&] { return calls_ != seen; })) calls_.wait(seen);
+      seen = calls_;
+      std::uint32_t gate = gate_;
+      while ((gate & open) != 0 && !gate_.compare_exchange_weak(gate, gate + 1)) {
+      }
+      if ((gate & open) == 0) continue;
+      if (index < limit_) work(index);
+      if (--gate_ == 0) gate_.notify_one();
+    }
+  }
+
+  void work(int thread) {
+    inside = true;
+    try {
+      for (Index unit; (unit = next_.fetch_add(1)) < units_;) (*body_)(unit, thread);
+    } catch (...) {
+      next_ = units_;
+      const std::lock_guard lock(error_mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+    inside = false;
+  }
+
+  std::mutex busy_, error_mutex_;
+  std::vector<std::thread> workers_;
+  std::atomic<std::uint32_t> calls_{0}, gate_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<Index> next_{0};
+  // Of the loop that is open; written while nobody has joined.
+  const std::function<void(Index, int)>* body_ = nullptr;
+  Index units_ = 0;
+  int limit_ = 0;
+  std::exception_ptr error_;
+};
+
 }  // namespace
 
 int default_threads() {
@@ -62,25 +155,8 @@ int threads() {
 
 void parallel_for(Index units, const std::function<void(Index, int)>& body) {
   const int n = static_cast<int>(std::min<Index>(threads(), units));
-  if (n <= 1 || omp_in_parallel()) {
-    for (Index unit = 0; unit < units; ++unit) body(unit, 0);
-    return;
-  }
-  std::atomic<Index> next{0};
-  std::exception_ptr error;
-  std::mutex error_mutex;
-#pragma omp parallel num_threads(n)
-  {
-    const int thread = omp_get_thread_num();
-    try {
-      for (Index unit; (unit = next.fetch_add(1)) < units;) body(unit, thread);
-    } catch (...) {
-      next = units;
-      const std::lock_guard lock(error_mutex);
-      if (!error) error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
+  if (n > 1 && !inside && Pool::instance().run(n, units, body)) return;
+  for (Index unit = 0; unit < units; ++unit) body(unit, 0);
 }
 
 }  // namespace heed

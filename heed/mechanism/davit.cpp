@@ -1,6 +1,7 @@
 // Dual attention: tokens attend to tokens inside windows, or channels attend to channels over all tokens.
 // "DaViT: Dual Attention Vision Transformers", arXiv:2204.03645.
 
+#include <algorithm>
 #include <cmath>
 
 #include "heed/base/threads.h"
@@ -15,8 +16,8 @@ namespace {
 Plan plan_window(const Params& p, const Inputs& in) {
   if (!p.given("grid")) fail_usage("davit: grid is missing, expected lengths of the token grid's axes, such as 14x14");
   const GridShape grid = read_grid(p, in.problem);
-  Extents size{1, 1, 1};
-  for (Index a = 0; a < grid.axes; ++a) size[grid.axis(a)] = p.integer("window");
+  Extents size;
+  for (size_t a = 0; a < 3; ++a) size[a] = std::min(p.integer("window"), grid.length[a]);
   Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_kv_head);
   const auto own = std::make_shared<OwnBoxTiles>(Boxes(grid.length, {1, 1, 1}, size));
   own->prepare(plan, *in.kv);
@@ -29,7 +30,8 @@ Plan plan_window(const Params& p, const Inputs& in) {
 // query is its row of scores and the key of channel j the unit vector e_j. Values are channels of v.
 Plan plan_channel(const Params& p, const Inputs& in) {
   const Problem& tokens = in.problem;
-  if (tokens.Dv != tokens.D) fail("v: head size {}, expected that of q, {}, where channels attend to channels", tokens.Dv, tokens.D);
+  if (tokens.Dv != tokens.D)
+    fail("v: head size {}, expected that of q, {}, where channels attend to channels", tokens.Dv, tokens.D);
   Problem channels = tokens;
   channels.N = channels.M = tokens.D;
   channels.Dv = tokens.N;
@@ -81,7 +83,8 @@ const Mechanism& davit() {
       .year = 2022,
       .stage = "layout, attend",
       .training = Training::required,
-      .idea = "Two kinds of layers in turn. In one, tokens attend to each other inside separate windows of the grid. In the\n"
+      .idea = "Two kinds of layers in turn. In one, tokens attend to each other inside separate windows of the grid. "
+              "In the\n"
               "other, the channels of a head attend to each other, each described by its values at all tokens: global\n"
               "mixing at a cost that is linear in tokens. Windows that the grid's border cuts are smaller windows.",
       .equations = "window: o_i = softmax over j in the window of i of scale·<q_i, k_j>, times v_j\n"

@@ -4,7 +4,9 @@
 
 namespace heed::mechanism {
 
-ParamSpec grid_spec() { return list("grid", "", 1, "lengths of the token grid's axes, row-major; empty: one axis of N tokens"); }
+ParamSpec grid_spec() {
+  return list("grid", "", 1, "lengths of the token grid's axes, row-major; empty: one axis of N tokens");
+}
 
 GridShape read_grid(const Params& p, const Problem& problem) {
   GridShape grid;
@@ -19,7 +21,8 @@ GridShape read_grid(const Params& p, const Problem& problem) {
     tokens = length > problem.N / tokens ? problem.N + 1 : tokens * length;  // more than N is all that matters
     grid.length[grid.axis(a)] = length;
   }
-  if (tokens != problem.N) fail_usage("{}: grid = {}, expected lengths whose product is N = {}", p.owner(), grid.text, problem.N);
+  if (tokens != problem.N)
+    fail_usage("{}: grid = {}, expected lengths whose product is N = {}", p.owner(), grid.text, problem.N);
   return grid;
 }
 

@@ -1,6 +1,8 @@
 // HiLo: a few heads look at fine detail inside small windows, the others at the means of all windows.
 // "Fast Vision Transformers with HiLo Attention", arXiv:2205.13213.
 
+#include <algorithm>
+
 #include "heed/mechanism/grids.h"
 #include "heed/mechanism/registry.h"
 #include "heed/plan/grid_tiles.h"
@@ -28,15 +30,17 @@ Index add_window_means(const Boxes& windows, const KeyValues& input, Plan& plan)
 
 Plan plan_hilo(const Params& p, const Inputs& in) {
   const Problem& problem = in.problem;
-  if (problem.Hq != problem.Hk) fail("hilo: {} heads of q and {} of k, expected as many of one as of the other", problem.Hq, problem.Hk);
+  if (problem.Hq != problem.Hk)
+    fail("hilo: {} heads of q and {} of k, expected as many of one as of the other", problem.Hq, problem.Hk);
   const GridShape grid = read_grid(p, problem);
   const Index window = p.integer("window");
   // Windows of one token are their own means: every head is Lo, which is dense attention.
-  const Index lo_heads = window == 1 ? problem.Hq : static_cast<Index>(p.number("alpha") * static_cast<double>(problem.Hq) + 1e-9);
+  const Index lo_heads =
+      window == 1 ? problem.Hq : static_cast<Index>(p.number("alpha") * static_cast<double>(problem.Hq) + 1e-9);
   const Index hi_heads = problem.Hq - lo_heads;
 
-  Extents size{1, 1, 1};
-  for (Index a = 0; a < grid.axes; ++a) size[grid.axis(a)] = window;
+  Extents size;
+  for (size_t a = 0; a < 3; ++a) size[a] = std::min(window, grid.length[a]);
   const Boxes windows(grid.length, {1, 1, 1}, size);
 
   Plan plan = make_plan(problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
@@ -52,10 +56,8 @@ Plan plan_hilo(const Params& p, const Inputs& in) {
   plan.keep.push_back(own);
   const Index means = lo_heads == 0 ? 0 : add_window_means(windows, *in.kv, plan), count = windows.count();
   plan.emit = [=, own = own.get()](const RowBlock& rows, Tiles& tiles) {
-    if (rows.head < hi_heads)
-      own->emit(rows, tiles);
-    else
-      tiles.add(Set::range(0, rows.rows), Set::range(0, count), Mask::full(), means);
+    if (rows.head < hi_heads) own->emit(rows, tiles);
+    else tiles.add(Set::range(0, rows.rows), Set::range(0, count), Mask::full(), means);
   };
   return plan;
 }
@@ -77,9 +79,10 @@ const Mechanism& hilo() {
       .year = 2022,
       .stage = "layout, summarize, attend",
       .training = Training::required,
-      .idea = "The first heads (Hi) attend inside windows of the grid, for detail. The last share alpha of the heads (Lo)\n"
-              "attend from every token to the mean key and value of each window, for the whole. Windows that the grid's\n"
-              "border cuts are smaller windows.",
+      .idea =
+          "The first heads (Hi) attend inside windows of the grid, for detail. The last share alpha of the heads (Lo)\n"
+          "attend from every token to the mean key and value of each window, for the whole. Windows that the grid's\n"
+          "border cuts are smaller windows.",
       .equations = "Lo heads: the last floor(alpha·H); window = 1: all\n"
                    "Hi: o_i = softmax over j in the window of i of scale·<q_i, k_j>, times v_j\n"
                    "Lo: o_i = softmax over windows w of scale·<q_i, mean of k over w>, times the mean of v over w",

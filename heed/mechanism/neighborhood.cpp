@@ -38,7 +38,8 @@ bool has(const Params& p, std::string_view name) {
 std::vector<ParamSpec> neighborhood_params() {
   ParamSpec kernel = list("kernel_size", "", 2, "keys in a window, per axis");
   kernel.required = true;
-  ParamSpec causal = list("is_causal", "0", 0, "per axis, 1: a query sees no later key of that axis; --causal: all axes");
+  ParamSpec causal =
+      list("is_causal", "0", 0, "per axis, 1: a query sees no later key of that axis; --causal: all axes");
   causal.most = 1;
   return {grid_spec(), kernel, list("dilation", "1", 1, "per axis: every how many-th token makes up a window"), causal};
 }
@@ -57,13 +58,17 @@ GridWindow read_windows(const Params& p, const Inputs& in) {
   GridWindow window;
   for (Index named = 0; named < grid.axes; ++named) {
     const size_t a = grid.axis(named);
-    window[a] = {.length = grid.length[a], .kernel = kernel[a], .stride = stride[a], .dilation = dilation[a],
+    window[a] = {.length = grid.length[a],
+                 .kernel = kernel[a],
+                 .stride = stride[a],
+                 .dilation = dilation[a],
                  .causal = in.problem.causal || causal[a] != 0};
     if (kernel[a] > grid.length[a] / dilation[a])
-      fail_usage("{}: kernel_size · dilation = {} · {} on axis {}, expected at most its length {}", p.owner(), kernel[a],
-                 dilation[a], named, grid.length[a]);
+      fail_usage("{}: kernel_size · dilation = {} · {} on axis {}, expected at most its length {}", p.owner(),
+                 kernel[a], dilation[a], named, grid.length[a]);
     if (stride[a] > kernel[a])
-      fail_usage("{}: stride = {} on axis {}, expected at most kernel_size = {}", p.owner(), stride[a], named, kernel[a]);
+      fail_usage("{}: stride = {} on axis {}, expected at most kernel_size = {}", p.owner(), stride[a], named,
+                 kernel[a]);
   }
   return window;
 }

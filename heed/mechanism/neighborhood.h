@@ -11,7 +11,7 @@ std::vector<ParamSpec> neighborhood_params();
 /// k_extra and v_extra.
 std::vector<ExtraSpec> neighborhood_extras();
 
-/// The windows that the parameters describe; stride 1 where they have none. Throws UsageError for a
+/// The windows that the parameters describe; stride 1 where there is none. Throws UsageError for a
 /// window that does not fit its axis and for a stride above the kernel.
 GridWindow read_windows(const Params& p, const Inputs& in);
 

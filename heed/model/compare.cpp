@@ -23,7 +23,8 @@ struct Tasks {
   Index longest = 0;  // tokens that a session must hold
 };
 
-Tasks make_tasks(const Model& model, const std::vector<Token>& tokens, const std::string& document, const CompareOptions& o) {
+Tasks make_tasks(const Model& model, const std::vector<Token>& tokens, const std::string& document,
+                 const CompareOptions& o) {
   Tasks tasks;
   const Index given = static_cast<Index>(tokens.size());
   tasks.longest = given;
@@ -48,8 +49,8 @@ Tasks make_tasks(const Model& model, const std::vector<Token>& tokens, const std
   return tasks;
 }
 
-void read_document(const std::vector<Token>& tokens, const CompareOptions& options, Session& session, const Progress& reading,
-                   const Progress& scoring, CompareRow& row) {
+void read_document(const std::vector<Token>& tokens, const CompareOptions& options, Session& session,
+                   const Progress& reading, const Progress& scoring, CompareRow& row) {
   row.tokens = static_cast<Index>(tokens.size());
   row.prefill_s = seconds_of([&] {
     if (options.perplexity) session.prefill_keeping_hidden(tokens, reading);
@@ -58,7 +59,8 @@ void read_document(const std::vector<Token>& tokens, const CompareOptions& optio
   const SessionStats& stats = session.stats();
   row.tokens_per_s = static_cast<double>(row.tokens) / row.prefill_s;
   row.attention_s = stats.attention_s, row.linear_s = stats.linear_s, row.plan_s = stats.plan_s;
-  if (stats.dense_pairs > 0) row.density = static_cast<double>(stats.attend.pairs) / static_cast<double>(stats.dense_pairs);
+  if (stats.dense_pairs > 0)
+    row.density = static_cast<double>(stats.attend.pairs) / static_cast<double>(stats.dense_pairs);
   row.peak_bytes = stats.peak_bytes;
   if (!options.perplexity) return;
   row.score_s = seconds_of([&] { row.nll_by_position = session.score_hidden(scoring); });
@@ -86,11 +88,14 @@ std::vector<CompareRow> compare(const Model& model, const std::vector<Token>& to
     row.call = options.uses[i].call;
     const auto during = [&](const char* step) -> Progress {
       if (!options.progress) return {};
-      return [&options, step, name = row.call.text()](Index done, Index total) { return options.progress(name, step, done, total); };
+      return [&options, step, name = row.call.text()](Index done, Index total) {
+        return options.progress(name, step, done, total);
+      };
     };
     Session session(model, sessions[i]);
     if (options.observe)
-      session.observe_plans([&](Index layer, const Plan& plan) { options.observe(i, plan.problem.position(0), layer, plan); });
+      session.observe_plans(
+          [&](Index layer, const Plan& plan) { options.observe(i, plan.problem.position(0), layer, plan); });
     read_document(tokens, options, session, during("reading"), during("scoring"), row);
     session.observe_plans({});
 

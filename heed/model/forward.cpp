@@ -26,15 +26,9 @@ Chosen::Chosen(const MechanismCall& call)
     : mechanism(&find_mechanism(call.name)), params(mechanism->name, mechanism->params, call.params) {}
 
 Forward::Forward(const Model& model, DType kv, Index context)
-    : w_(model.weights()),
-      info_(model.info()),
-      kv_(kv),
-      context_(context),
-      width_(padded(info_.width)),
-      query_width_(padded(info_.heads * info_.head_size)),
-      kv_width_(padded(info_.kv_heads * info_.head_size)),
-      ffn_width_(padded(info_.ffn)),
-      global_(info_.head_size, info_.rope_base, w_.rope_pairs),
+    : w_(model.weights()), info_(model.info()), kv_(kv), context_(context), width_(padded(info_.width)),
+      query_width_(padded(info_.heads * info_.head_size)), kv_width_(padded(info_.kv_heads * info_.head_size)),
+      ffn_width_(padded(info_.ffn)), global_(info_.head_size, info_.rope_base, w_.rope_pairs),
       local_(info_.head_size, info_.rope_base_local, w_.rope_pairs) {
   keys_.reserve(static_cast<size_t>(info_.layers));
   for (Index i = 0; i < info_.layers; ++i)
@@ -76,7 +70,8 @@ void Forward::project(Index layer, const float* x, Index n, Index position, floa
   rope.reach(position + n, context_);
   k_.reach(n * kv_width_), v_.reach(n * kv_width_);
 
-  activations_.make(n, info_.width, w_.arithmetic, [&](Index r, float* out) { norm(x + r * width_, w.attn_norm, out); });
+  activations_.make(n, info_.width, w_.arithmetic,
+                    [&](Index r, float* out) { norm(x + r * width_, w.attn_norm, out); });
   multiply({{&w.q, q, query_width_}, {&w.k, k_.data(), kv_width_}, {&w.v, v_.data(), kv_width_}});
   const Index d = info_.head_size;
   const auto prepare = [&](float* row, Index heads, const std::vector<float>& weight, Index r) {
@@ -91,7 +86,8 @@ void Forward::project(Index layer, const float* x, Index n, Index position, floa
 
   const Stopwatch watch(stats.attention_s);
   const Shape shape{info_.kv_heads, n, d}, stride{d, kv_width_, 1};
-  keys_[static_cast<size_t>(layer)].append({k_.data(), DType::f32, shape, stride}, {v_.data(), DType::f32, shape, stride});
+  keys_[static_cast<size_t>(layer)].append({k_.data(), DType::f32, shape, stride},
+                                           {v_.data(), DType::f32, shape, stride});
 }
 
 void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, float* out, bool counted) {
@@ -99,7 +95,8 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   const KeyValues& kv = keys_[static_cast<size_t>(layer)];
   const Index d = info_.head_size;
   Inputs in;
-  in.problem = {.B = 1, .Hq = info_.heads, .Hk = info_.kv_heads, .N = n, .M = kv.size(), .D = d, .Dv = d, .causal = true};
+  in.problem = {
+      .B = 1, .Hq = info_.heads, .Hk = info_.kv_heads, .N = n, .M = kv.size(), .D = d, .Dv = d, .causal = true};
   in.rule.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
   in.q = Queries({q, DType::f32, {1, info_.heads, n, d}, {n * query_width_, d, query_width_, 1}}, kv_);
   in.kv = &kv;
@@ -110,7 +107,8 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   }();
   if (observer) observer(layer, plan);
   if (plan.rows_per_head() != n)
-    fail("{}: {} query rows a head, expected {}: one for each token of a model", how.mechanism->name, plan.rows_per_head(), n);
+    fail("{}: {} query rows a head, expected {}: one for each token of a model", how.mechanism->name,
+         plan.rows_per_head(), n);
 
   AttendStats done;
   if (plan.row_tokens.empty()) {
@@ -153,9 +151,8 @@ void Forward::finish(Index layer, const float* mixed, Index n, float* x) {
   });
   multiply({{&w.gate, gate, ffn_width_}, {&w.up, up, ffn_width_}});
   const auto activate = w_.gelu ? kernels().gelu_mul : kernels().silu_mul;
-  activations_.make(n, info_.ffn, w_.arithmetic, [&](Index r, float* out) {
-    activate(gate + r * ffn_width_, up + r * ffn_width_, info_.ffn, out);
-  });
+  activations_.make(n, info_.ffn, w_.arithmetic,
+                    [&](Index r, float* out) { activate(gate + r * ffn_width_, up + r * ffn_width_, info_.ffn, out); });
   multiply({{&w.down, projected, width_}});
   for_rows(n, [&](Index r) { add(projected + r * width_, w.post_ffn_norm, x + r * width_); });
 }

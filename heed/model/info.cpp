@@ -32,7 +32,8 @@ class Keys {
   /// The key must be absent, 0, or `neutral`.
   void refuse_unless(const char* name, double neutral) const {
     const double x = file_.number_or(key(name), neutral);
-    if (x != neutral && x != 0) fail("{}: {} = {} is not supported, expected {} or no such key", file_.name(), key(name), x, neutral);
+    if (x != neutral && x != 0)
+      fail("{}: {} = {} is not supported, expected {} or no such key", file_.name(), key(name), x, neutral);
   }
 
  private:
@@ -49,7 +50,8 @@ void refuse_unsupported(const Gguf& file, const Keys& keys) {
   const std::string scaling = file.text_or(keys.key("rope.scaling.type"), "none");
   if (scaling != "none")
     fail("{}: {} = {} is not supported, expected none", file.name(), keys.key("rope.scaling.type"), scaling);
-  for (const char* name : {"rope.scaling.factor", "rope.scale_linear", "logit_scale", "residual_scale", "embedding_scale"})
+  for (const char* name :
+       {"rope.scaling.factor", "rope.scale_linear", "logit_scale", "residual_scale", "embedding_scale"})
     keys.refuse_unless(name, 1);
   for (const char* name : {"expert_count", "expert_used_count", "attention.scale", "attention.clamp_kqv",
                            "attention.max_alibi_bias", "attn_logit_softcapping", "final_logit_softcapping"})
@@ -64,7 +66,8 @@ ModelInfo read_info(const Gguf& file) {
   ModelInfo info;
   info.architecture = file.text("general.architecture");
   if (info.architecture != "llama" && info.architecture != "gemma3")
-    fail("{}: general.architecture = {} is not supported, expected one of: {}", file.name(), info.architecture, supported);
+    fail("{}: general.architecture = {} is not supported, expected one of: {}", file.name(), info.architecture,
+         supported);
   const bool gemma = info.architecture == "gemma3";
   info.name = file.text_or("general.name", "");
 
@@ -121,7 +124,8 @@ ModelInfo read_info(const Gguf& file) {
 
 std::vector<TensorSpec> expected_tensors(const ModelInfo& info) {
   const Index q = info.heads * info.head_size, kv = info.kv_heads * info.head_size;
-  std::vector<TensorSpec> list{{"token_embd.weight", {info.vocabulary, info.width}}, {"output_norm.weight", {info.width}}};
+  std::vector<TensorSpec> list{{"token_embd.weight", {info.vocabulary, info.width}},
+                               {"output_norm.weight", {info.width}}};
   if (!info.tied_output) list.push_back({"output.weight", {info.vocabulary, info.width}});
   for (Index i = 0; i < info.layers; ++i) {
     const auto add = [&](const char* name, Shape shape) {

@@ -40,7 +40,9 @@ std::vector<Index> parse_layers(const std::string& text, const ModelInfo& info) 
     if (first > last) malformed(text);
     for (Index i = first; i <= last; ++i) {
       if (info.local[static_cast<size_t>(i)])
-        fail_usage("layers = \"{}\": layer {} has the model's own sliding window, expected layers with global attention", text, i);
+        fail_usage(
+            "layers = \"{}\": layer {} has the model's own sliding window, expected layers with global attention", text,
+            i);
       layers.insert(i);
     }
   }

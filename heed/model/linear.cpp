@@ -70,7 +70,8 @@ void Activations::assign(const float* x, Index rows, Index columns, DType arithm
 }
 
 Linear::Linear(const GgufTensor& w, DType arithmetic)
-    : inputs_(w.columns()), outputs_(w.rows()), depth_(depth_of(inputs_, arithmetic)), bf16_(multiplies_bf16(arithmetic)) {
+    : inputs_(w.columns()), outputs_(w.rows()), depth_(depth_of(inputs_, arithmetic)),
+      bf16_(multiplies_bf16(arithmetic)) {
   const Index panel = depth_ * panel_columns;
   if (bf16_) bf16_panels_.reach(panels() * panel);
   else f32_panels_.reach(panels() * panel);

@@ -52,7 +52,8 @@ class Linear {
   void apply(const Activations& x, float* y, Index ldy) const;
   /// The same for outputs [first_panel·64, …): `panels` panels into y with row stride ldy, rows
   /// [row, row + rows) of x. One thread.
-  void apply_panels(const Activations& x, Index row, Index rows, Index first_panel, Index panels, float* y, Index ldy) const;
+  void apply_panels(const Activations& x, Index row, Index rows, Index first_panel, Index panels, float* y,
+                    Index ldy) const;
 
   struct Job {
     const Linear* linear;

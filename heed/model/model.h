@@ -85,8 +85,8 @@ struct SessionStats {
   // Wall seconds. attention_s: packing keys and values, planning, attending; plan_s is its share
   // for planning. output_s: last norm and logits. other_s: norms, RoPE, embedding.
   double attention_s = 0, linear_s = 0, plan_s = 0, other_s = 0, output_s = 0;
-  AttendStats attend;        // replaced layers only (all global layers under dense)
-  Index dense_pairs = 0;     // of the same calls
+  AttendStats attend;  // replaced layers only (all global layers under dense)
+  Index dense_pairs = 0;  // of the same calls
   Index kv_bytes = 0, scratch_bytes = 0;
   Index peak_bytes = 0;  // KV cache, scratch of all threads, activations
 };

@@ -16,7 +16,8 @@ void Rope::reach(Index positions, Index limit) {
     for (Index p = unit * step; p < std::min(positions_, (unit + 1) * step); ++p) {
       float* cosines = table_.data() + p * 2 * half_;
       for (Index i = 0; i < half_; ++i) {
-        const double angle = static_cast<double>(p) * std::pow(base_, -static_cast<double>(i) / static_cast<double>(half_));
+        const double angle =
+            static_cast<double>(p) * std::pow(base_, -static_cast<double>(i) / static_cast<double>(half_));
         cosines[i] = static_cast<float>(std::cos(angle));
         cosines[half_ + i] = static_cast<float>(std::sin(angle));
       }

@@ -37,7 +37,8 @@ struct Session::State {
   State(const Model& m, const SessionOptions& o, Index context)
       : model(m), options(o), forward(m, o.kv, context), chosen(o.use.call), dense(MechanismCall{"dense", {}}) {
     const ModelInfo& info = m.info();
-    if (info.window > 0) window.emplace(MechanismCall{"streaming", {{"sink", "0"}, {"window", std::to_string(info.window)}}});
+    if (info.window > 0)
+      window.emplace(MechanismCall{"streaming", {{"sink", "0"}, {"window", std::to_string(info.window)}}});
     replaced.assign(static_cast<size_t>(info.layers), false);
     for (Index i : o.use.layers) replaced[static_cast<size_t>(i)] = true;
     if (o.use.layers.empty())
@@ -84,8 +85,8 @@ void Session::State::check_tokens(const std::vector<Token>& tokens) const {
   const Index n = static_cast<Index>(tokens.size()), vocabulary = model.info().vocabulary;
   if (n == 0) fail("tokens: none, expected at least one");
   if (n > capacity - forward.size())
-    fail("tokens = {}, expected at most {}: the context holds {} tokens, {} are taken", n, capacity - forward.size(), capacity,
-         forward.size());
+    fail("tokens = {}, expected at most {}: the context holds {} tokens, {} are taken", n, capacity - forward.size(),
+         capacity, forward.size());
   for (size_t i = 0; i < tokens.size(); ++i)
     if (tokens[i] < 0 || tokens[i] >= vocabulary) fail("token {} = {}, expected 0 … {}", i, tokens[i], vocabulary - 1);
 }
@@ -95,7 +96,8 @@ void Session::State::feed(const std::vector<Token>& tokens, Phase phase, bool ke
   const Index n = static_cast<Index>(tokens.size()), before = forward.size();
   const bool by_layers = whole_prompt(phase);
   if (by_layers && before > 0)
-    fail("{}: {} tokens are held already, expected none: it needs the whole prompt at once", chosen.mechanism->name, before);
+    fail("{}: {} tokens are held already, expected none: it needs the whole prompt at once", chosen.mechanism->name,
+         before);
   if (keep_hidden) {
     hidden.reach(n * forward.width());
     hidden_tokens = tokens;
@@ -158,7 +160,8 @@ void Session::State::feed_by_layers(const std::vector<Token>& tokens, bool keep_
         forward.finish(layer, mixed.data() + first * query_width, rows, x.data() + first * width);
       });
     } else {
-      chunks([&](Index first, Index rows) { layer_step(layer, rows, first, Phase::prefill, x.data() + first * width); });
+      chunks(
+          [&](Index first, Index rows) { layer_step(layer, rows, first, Phase::prefill, x.data() + first * width); });
     }
     account();
     if (progress && !progress(n * (layer + 1) / layers, n)) throw Interrupted{};
@@ -229,7 +232,8 @@ void Session::State::score_slice(const Activations& rows, const Token* targets, 
   });
   for (Index r = 0; r < n; ++r) {
     double most = -std::numeric_limits<double>::infinity(), sum = 0;
-    for (Index piece = 0; piece < pieces; ++piece) most = std::max<double>(most, parts[static_cast<size_t>(piece * n + r)].maximum);
+    for (Index piece = 0; piece < pieces; ++piece)
+      most = std::max<double>(most, parts[static_cast<size_t>(piece * n + r)].maximum);
     for (Index piece = 0; piece < pieces; ++piece) {
       const Piece& part = parts[static_cast<size_t>(piece * n + r)];
       sum += part.sum * std::exp(part.maximum - most);
@@ -245,7 +249,8 @@ Session::Session(const Model& model, const SessionOptions& asked) {
   if (options.context < 1 || options.context > info.context)
     fail("context = {} tokens, expected 1 … {}, the model's", options.context, info.context);
   if (options.chunk < 1) fail_usage("chunk = {}, expected >= 1", options.chunk);
-  if (options.kv != DType::f32 && options.kv != DType::bf16) fail_usage("kv = {}, expected f32 or bf16", name_of(options.kv));
+  if (options.kv != DType::f32 && options.kv != DType::bf16)
+    fail_usage("kv = {}, expected f32 or bf16", name_of(options.kv));
   if (model.arithmetic() == DType::f32) options.kv = DType::f32;
   check_layers(options.use, info);
   check_mechanism(find_mechanism(options.use.call.name));

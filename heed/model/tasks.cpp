@@ -5,7 +5,6 @@
 
 #include "heed/base/random.h"
 #include "heed/model/chat.h"
-#include "heed/model/chat.h"
 #include "heed/model/sampler.h"
 
 namespace heed::model {
@@ -80,9 +79,8 @@ std::vector<Token> passkey_prompt(const Model& model, const std::string& documen
   if (length < least) fail_usage("passkey: length = {} tokens, expected at least {}", length, least);
 
   // Every key has filler of its own: it starts at another line and goes round.
-  Random random(std::accumulate(key.begin(), key.end(), std::uint64_t{0}, [](std::uint64_t sum, char c) {
-    return sum * 257 + static_cast<unsigned char>(c);
-  }));
+  Random random(std::accumulate(key.begin(), key.end(), std::uint64_t{0},
+                                [](std::uint64_t sum, char c) { return sum * 257 + static_cast<unsigned char>(c); }));
   const Index count = static_cast<Index>(lines.size()), start = random.below(count);
   std::vector<std::string> chosen;
   std::vector<Index> ends;  // tokens up to and with each line
@@ -94,14 +92,16 @@ std::vector<Token> passkey_prompt(const Model& model, const std::string& documen
     ends.push_back(used);
   }
   const double wanted = depth * (ends.empty() ? 0.0 : static_cast<double>(ends.back()));
-  const size_t at = static_cast<size_t>(std::count_if(ends.begin(), ends.end(), [&](Index end) { return static_cast<double>(end) <= wanted; }));
+  const size_t at = static_cast<size_t>(
+      std::count_if(ends.begin(), ends.end(), [&](Index end) { return static_cast<double>(end) <= wanted; }));
   chosen.insert(chosen.begin() + static_cast<std::ptrdiff_t>(at), hiding(key));
   std::string filler;
   for (const std::string& line : chosen) filler += (filler.empty() ? "" : "\n") + line;
   return question(model, filler);
 }
 
-PasskeyTask make_passkey(const Model& model, const std::string& document, Index length, double depth, std::uint64_t seed) {
+PasskeyTask make_passkey(const Model& model, const std::string& document, Index length, double depth,
+                         std::uint64_t seed) {
   PasskeyTask task{.length = 0, .depth = depth, .seed = seed, .key = {}, .prompt = {}};
   Random random(seed);
   task.key = std::to_string(10000 + random.below(90000));
@@ -111,7 +111,8 @@ PasskeyTask make_passkey(const Model& model, const std::string& document, Index 
 }
 
 PasskeyResult ask(const Model& model, const PasskeyTask& task, Session& session, const Progress& progress) {
-  PasskeyResult result{.length = task.length, .depth = task.depth, .seed = task.seed, .key = task.key, .answer = {}, .found = true};
+  PasskeyResult result{
+      .length = task.length, .depth = task.depth, .seed = task.seed, .key = task.key, .answer = {}, .found = true};
   session.prefill(task.prompt, progress);
   Token next = single(model, " ");
   for (int i = 0; i < key_digits; ++i) {

@@ -16,7 +16,8 @@ struct PasskeyTask {
   std::string key;
   std::vector<Token> prompt;
 };
-PasskeyTask make_passkey(const Model& model, const std::string& document, Index length, double depth, std::uint64_t seed);
+PasskeyTask make_passkey(const Model& model, const std::string& document, Index length, double depth,
+                         std::uint64_t seed);
 /// Asks in an empty session.
 PasskeyResult ask(const Model& model, const PasskeyTask& task, Session& session, const Progress& progress);
 

@@ -49,7 +49,8 @@ AxisVisits visits_along(const AxisWindow& w, Index query, Index key, Tiling tili
     for (Index begin = 0; begin < n; begin += query) {
       const AxisBox box{group, begin, std::min(begin + query, n)};
       const Span seen = w.keys(box);
-      const Index visits = tiling == Tiling::fixed ? ceil_div(seen.end, key) - seen.begin / key : ceil_div(seen.size(), key);
+      const Index visits =
+          tiling == Tiling::fixed ? ceil_div(seen.end, key) - seen.begin / key : ceil_div(seen.size(), key);
       sum.visits += visits;
       sum.row_visits += visits * box.size();
       const bool one_window = w.keys(begin, n) == seen && w.keys(box.end - 1, n) == seen;
@@ -93,15 +94,21 @@ Index count_line_tile_visits(const GridWindow& window, Index query, Index key) {
   const Index tokens = window[0].length * window[1].length * window[2].length;
   std::vector<Index> last_visitor(static_cast<size_t>(ceil_div(tokens, key)), -1);
   Index visits = 0;
-  const auto seen = [&](size_t a, Index x) { return window[a].keys(x / window[a].dilation, window[a].members(x % window[a].dilation)); };
-  const auto coordinate = [&](size_t a, Index x, Index member) { return x % window[a].dilation + window[a].dilation * member; };
+  const auto seen = [&](size_t a, Index x) {
+    return window[a].keys(x / window[a].dilation, window[a].members(x % window[a].dilation));
+  };
+  const auto coordinate = [&](size_t a, Index x, Index member) {
+    return x % window[a].dilation + window[a].dilation * member;
+  };
   for (Index t = 0; t < tokens; ++t) {
-    const Index z = t % window[2].length, y = t / window[2].length % window[1].length, x = t / window[2].length / window[1].length;
+    const Index z = t % window[2].length, y = t / window[2].length % window[1].length,
+                x = t / window[2].length / window[1].length;
     const Span sx = seen(0, x), sy = seen(1, y), sz = seen(2, z);
     for (Index i = sx.begin; i < sx.end; ++i)
       for (Index j = sy.begin; j < sy.end; ++j)
         for (Index k = sz.begin; k < sz.end; ++k) {
-          const Index token = (coordinate(0, x, i) * window[1].length + coordinate(1, y, j)) * window[2].length + coordinate(2, z, k);
+          const Index token =
+              (coordinate(0, x, i) * window[1].length + coordinate(1, y, j)) * window[2].length + coordinate(2, z, k);
           Index& last = last_visitor[static_cast<size_t>(token / key)];
           if (last == t / query) continue;
           last = t / query;

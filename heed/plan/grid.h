@@ -33,7 +33,9 @@ class Boxes {
   const Extents& size() const { return size_; }
 
   Index box(const Extents& place) const { return (place[0] * places(1) + place[1]) * places(2) + place[2]; }
-  Extents place(Index box) const { return {box / (places(1) * places(2)), box / places(2) % places(1), box % places(2)}; }
+  Extents place(Index box) const {
+    return {box / (places(1) * places(2)), box / places(2) % places(1), box % places(2)};
+  }
 
   /// Every token once, box by box; box b is tokens()[begins()[b] … begins()[b + 1]).
   std::vector<std::int32_t> tokens() const;

@@ -22,9 +22,7 @@ void order_rows(Plan& plan, const std::vector<std::int32_t>& tokens, const std::
 }
 
 SlidingTiles::SlidingTiles(const GridWindow& window)
-    : window_(window),
-      shape_(choose_tile_shape(window)),
-      queries_(lengths(window), dilations(window), shape_.query),
+    : window_(window), shape_(choose_tile_shape(window)), queries_(lengths(window), dilations(window), shape_.query),
       keys_(lengths(window), dilations(window), shape_.key) {
   const Extents& size = shape_.key;
   const Extents step{size[1] * size[2], size[2], 1};
@@ -33,7 +31,8 @@ SlidingTiles::SlidingTiles(const GridWindow& window)
     before_[a].assign(static_cast<size_t>((size[a] + 1) * words_), 0);
     for (Index x = 0; x <= size[a]; ++x)
       for (Index slot = 0; slot < volume(size); ++slot)
-        if (slot / step[a] % size[a] < x) before_[a][static_cast<size_t>(x * words_ + slot / 64)] |= std::uint64_t{1} << (slot % 64);
+        if (slot / step[a] % size[a] < x)
+          before_[a][static_cast<size_t>(x * words_ + slot / 64)] |= std::uint64_t{1} << (slot % 64);
   }
 }
 
@@ -67,7 +66,8 @@ SlidingTiles::Along SlidingTiles::look_along(size_t axis, const AxisBox& queries
     const Span keys = window.keys(queries.begin + i, members);
     for (Index b = 0; b < along.boxes; ++b) {
       const Index start = (first + b) * size;
-      const Index from = std::clamp<Index>(keys.begin - start, 0, size), to = std::clamp<Index>(keys.end - start, 0, size);
+      const Index from = std::clamp<Index>(keys.begin - start, 0, size),
+                  to = std::clamp<Index>(keys.end - start, 0, size);
       const auto below = [&](Index x) { return before_[axis].data() + x * words_; };
       for (Index w = 0; w < words_; ++w) *slots++ = below(to)[w] & ~below(from)[w];
       bool& whole = along.whole[static_cast<size_t>(b)];
@@ -79,7 +79,9 @@ SlidingTiles::Along SlidingTiles::look_along(size_t axis, const AxisBox& queries
 
 void SlidingTiles::emit(const RowBlock& rows, Tiles& tiles) const {
   const Extents place = queries_.place(queries_.box_at(rows.first));
-  const auto look = [&](size_t a) { return look_along(a, queries_.axis(a)[static_cast<size_t>(place[a])], tiles.scratch()); };
+  const auto look = [&](size_t a) {
+    return look_along(a, queries_.axis(a)[static_cast<size_t>(place[a])], tiles.scratch());
+  };
   const Along x = look(0), y = look(1), z = look(2);
   const Set all = Set::range(0, rows.rows);
   const Index slots = volume(shape_.key);
@@ -110,11 +112,14 @@ OwnBoxTiles::OwnBoxTiles(const Boxes& boxes) : tokens_(boxes.tokens()), row_begi
     const Index begin = row_begins_[static_cast<size_t>(b)], end = row_begins_[static_cast<size_t>(b) + 1];
     // A box that would reach over the end of a panel starts a new one, and a row block.
     const Index used = static_cast<Index>(columns_.size()) % panel_columns;
-    if (used + end - begin > panel_columns) columns_.resize(columns_.size() - static_cast<size_t>(used) + panel_columns * (used > 0), -1);
+    const auto fill_panel = [&] {
+      columns_.resize(static_cast<size_t>(round_up(static_cast<Index>(columns_.size()), panel_columns)), -1);
+    };
+    if (used + end - begin > panel_columns) fill_panel();
     if (columns_.size() % panel_columns == 0) cuts_.push_back(begin);
     column_begins_.push_back(static_cast<Index>(columns_.size()));
     columns_.insert(columns_.end(), tokens_.begin() + begin, tokens_.begin() + end);
-    if (end - begin > panel_columns) columns_.resize(static_cast<size_t>(round_up(static_cast<Index>(columns_.size()), panel_columns)), -1);
+    if (end - begin > panel_columns) fill_panel();
   }
   cuts_.push_back(static_cast<Index>(tokens_.size()));
 }

@@ -11,8 +11,8 @@ namespace {
 // Copies the columns of one panel, feature by feature, so that writes run on. Features come in pairs
 // in bf16, one by one in f32.
 template <class T>
-void copy_panel(const PanelLayout& layout, const T* keys, const T* values, std::span<const std::int32_t> order, Index first,
-                T* keys_out, T* values_out) {
+void copy_panel(const PanelLayout& layout, const T* keys, const T* values, std::span<const std::int32_t> order,
+                Index first, T* keys_out, T* values_out) {
   constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
   const Index count = std::min(panel_columns, static_cast<Index>(order.size()) - first);
   Index from[panel_columns];
@@ -28,7 +28,8 @@ void copy_panel(const PanelLayout& layout, const T* keys, const T* values, std::
   for (Index step = 0; step < layout.dp / pair; ++step)
     for (Index c = 0; c < count; ++c)
       if (from[c] >= 0)
-        for (Index i = 0; i < pair; ++i) out[(step * panel_columns + c) * pair + i] = keys[from[c] + step * panel_columns * pair + i];
+        for (Index i = 0; i < pair; ++i)
+          out[(step * panel_columns + c) * pair + i] = keys[from[c] + step * panel_columns * pair + i];
 }
 
 }  // namespace
@@ -56,10 +57,8 @@ std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<con
       copy_panel(layout, static_cast<const T*>(kv.keys(head)), static_cast<const T*>(kv.values(head)), order, first,
                  keys + head * layout.key_elements(columns), values + head * layout.value_elements(columns));
     };
-    if (layout.dtype == DType::bf16)
-      copy(out->keys.as<bf16>(), out->values.as<bf16>());
-    else
-      copy(out->keys.as<float>(), out->values.as<float>());
+    if (layout.dtype == DType::bf16) copy(out->keys.as<bf16>(), out->values.as<bf16>());
+    else copy(out->keys.as<float>(), out->values.as<float>());
   });
   return out;
 }
@@ -79,7 +78,8 @@ Index add_permuted(Plan& plan, const KeyValues& kv, std::span<const std::int32_t
 
 std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<const std::int32_t> tokens,
                                               std::span<const Index> begins) {
-  const Index heads = kv.heads(), groups = static_cast<Index>(begins.size()) - 1, d = kv.layout().d, dv = kv.layout().dv;
+  const Index heads = kv.heads(), groups = static_cast<Index>(begins.size()) - 1, d = kv.layout().d,
+              dv = kv.layout().dv;
   Tensor k(DType::f32, {heads, groups, d}), v(DType::f32, {heads, groups, dv});
   constexpr Index at_once = 64;
   const Index runs = ceil_div(groups, at_once);

@@ -9,7 +9,7 @@ _heed_mechanisms() {
     {
       if ($0 ~ /^[[:space:]]*:/) {
         key = text
-        if ($0 ~ /\[/) list = text
+        if ($0 ~ /\[/ && depth == level) list = text  # an array of the mechanism itself
       } else if (key != "") {
         if (key == "name") {
           if (level == 0) level = depth
@@ -52,7 +52,8 @@ _heed() {
     --task) choices='perplexity passkey copy perplexity,passkey perplexity,passkey,copy' ;;
     *)
       if [[ $current == -* ]]; then
-        choices=$("$1" $command --help 2> /dev/null | grep -E '^ *-' | grep -oE -- '(^|[ ,])--[a-z][a-z-]*' | tr -d ' ,')
+        choices=$("$1" $command --help 2> /dev/null | grep -E '^ *-' | grep -oE -- '(^|[ ,])--[a-z][a-z-]*' |
+          tr -d ' ,' | sort -u)
       elif [[ -z $command ]]; then
         choices=$commands
       fi

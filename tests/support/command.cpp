@@ -35,7 +35,8 @@ struct Pipe {
 
 [[noreturn]] void become_heed(const std::vector<std::string>& arguments, const CommandOptions& options, int in, int out, int err) {
   ::dup2(in, 0), ::dup2(out, 1), ::dup2(err, 2);
-  for (const char* name : {"HEED_ISA", "HEED_THREADS", "NO_COLOR"}) ::unsetenv(name);
+  for (const char* name : {"HEED_ISA", "NO_COLOR"}) ::unsetenv(name);
+  ::setenv("HEED_THREADS", "1", 1);  // small models, and other tests run beside this one
   for (const std::string& setting : options.environment) ::putenv(const_cast<char*>(setting.c_str()));
   if (options.file_limit >= 0) {
     const rlimit limit{static_cast<rlim_t>(options.file_limit), static_cast<rlim_t>(options.file_limit)};

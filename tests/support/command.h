@@ -17,12 +17,12 @@ struct Finished {
 };
 
 struct CommandOptions {
-  std::string in;                          // standard input
-  std::vector<std::string> environment;    // "NAME=value", on top of the test's own
+  std::string in = {};                          // standard input
+  std::vector<std::string> environment = {};    // "NAME=value", on top of the test's own
   long file_limit = -1;                    // RLIMIT_FSIZE, bytes
   bool closed_output = false;              // standard output is a pipe that nobody reads
   int interrupt_with = 0;                  // this signal is sent ...
-  std::function<bool(const std::string& out)> interrupt_when;  // ... as soon as this holds, asked again and again
+  std::function<bool(const std::string& out)> interrupt_when = {};  // ... as soon as this holds, asked again and again
 };
 
 /// Runs `heed` with these arguments and waits for it.

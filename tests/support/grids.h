@@ -23,8 +23,8 @@ struct Neighborhood {
   /// "natten:grid=5x6,kernel_size=…", with the stride for gna.
   std::string call(const std::string& name) const {
     const auto text = [](const std::vector<Index>& x) { return fmt::format("{}", fmt::join(x, "x")); };
-    return fmt::format("{}:grid={},kernel_size={},dilation={},is_causal={}{}", name, text(grid), text(kernel), text(dilation),
-                       text(causal), name == "gna" ? ",stride=" + text(stride) : "");
+    return fmt::format("{}:grid={},kernel_size={},dilation={},is_causal={}{}", name, text(grid), text(kernel),
+                       text(dilation), text(causal), name == "gna" ? ",stride=" + text(stride) : "");
   }
 };
 
@@ -65,7 +65,9 @@ inline Sees neighborhood_sees(const Neighborhood& n) {
   std::vector<bool> table(static_cast<size_t>(tokens * tokens));
   for (Index i = 0; i < tokens; ++i)
     for (Index j = 0; j < tokens; ++j) table[static_cast<size_t>(i * tokens + j)] = sees(n, i, j);
-  return [table, tokens](Index, Index, Index t, Index j) { return static_cast<bool>(table[static_cast<size_t>(t * tokens + j)]); };
+  return [table, tokens](Index, Index, Index t, Index j) {
+    return static_cast<bool>(table[static_cast<size_t>(t * tokens + j)]);
+  };
 }
 
 /// Attention to `c`'s keys that `sees` allows and to all keys of `extra`, which has the same queries.

@@ -10,7 +10,9 @@ namespace {
 
 using Vector = std::vector<double>;
 
-std::string layer_name(int layer, const std::string& part) { return "blk." + std::to_string(layer) + "." + part + ".weight"; }
+std::string layer_name(int layer, const std::string& part) {
+  return "blk." + std::to_string(layer) + "." + part + ".weight";
+}
 
 }  // namespace
 
@@ -41,7 +43,8 @@ TinyModel::TinyModel(const TinySizes& s, std::uint64_t seed) : sizes(s), state_(
   }
 }
 
-void TinyModel::add(const std::string& name, std::vector<std::int64_t> shape, WeightFormat format, double scale, double centre) {
+void TinyModel::add(const std::string& name, std::vector<std::int64_t> shape, WeightFormat format, double scale,
+                    double centre) {
   Matrix m{std::move(shape), format, {}, {}};
   Random random(state_++);
   std::int64_t count = 1;
@@ -157,7 +160,8 @@ void TinyModel::attention(int layer, std::vector<Vector>& x) const {
       double sum = 0;
       for (size_t j = first; j <= t; ++j) {
         double score = 0;
-        for (int i = 0; i < d; ++i) score += q[t][static_cast<size_t>(h * d + i)] * k[j][static_cast<size_t>(kv_head * d + i)];
+        for (int i = 0; i < d; ++i)
+          score += q[t][static_cast<size_t>(h * d + i)] * k[j][static_cast<size_t>(kv_head * d + i)];
         weight.push_back(std::exp(score / std::sqrt(d)));
         sum += weight.back();
       }
@@ -198,7 +202,8 @@ std::vector<Vector> TinyModel::logits(const std::vector<int>& tokens) const {
     attention(layer, x);
     for (Vector& row : x) feed_forward(layer, row);
   }
-  for (Vector& row : x) row = multiply(sizes.tied ? "token_embd.weight" : "output.weight", norm("output_norm.weight", row));
+  for (Vector& row : x)
+    row = multiply(sizes.tied ? "token_embd.weight" : "output.weight", norm("output_norm.weight", row));
   return x;
 }
 
