@@ -89,11 +89,13 @@ fuzz:
 	@scripts/deps.sh build fuzz
 	@test -f build-fuzz/build.ninja || cmake --preset fuzz
 	cmake --build --preset fuzz
-	@for name in $(FUZZERS); do \
-	  mkdir -p build-fuzz/corpus/$$name tests/fuzz/corpus/$$name && \
+	@set -e; for name in $(FUZZERS); do \
+	  mkdir -p build-fuzz/corpus/$$name && \
 	  echo "fuzz_$$name for $(FUZZ_SECONDS) s" && \
-	  build-fuzz/bin/fuzz_$$name -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
-	    -verbosity=0 -artifact_prefix=build-fuzz/found_ build-fuzz/corpus/$$name tests/fuzz/corpus/$$name || exit 1; \
+	  { build-fuzz/bin/fuzz_$$name -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
+	      -artifact_prefix=build-fuzz/found_ build-fuzz/corpus/$$name tests/fuzz/corpus/$$name > build-fuzz/$$name.log 2>&1 || \
+	    { tail -n 60 build-fuzz/$$name.log; exit 1; }; } && \
+	  grep -E 'executed_units|peak_rss' build-fuzz/$$name.log; \
 	done
 
 .PHONY: install

@@ -68,11 +68,12 @@ void attend_file(const Options& options) {
   }
   const AttendStats& s = out.stats;
   const double flops = json["flops"].get<double>();
-  print(fmt::format("{}: q {}, k {}, {}, {} threads\n", call.text(), to_string(in.q.shape), to_string(in.k.shape), kernels().name, threads()));
+  print(fmt::format("{}: q {}, k {}, {}, {} threads\n", call.text(), to_string(in.q.shape), to_string(in.k.shape),
+                    kernels().name, threads()));
   print(fmt::format("  {:.4g} % of the pairs of dense attention in {} tiles ({} visited)\n", 100 * out.density,
                     count_text(s.tiles_planned), count_text(s.tiles_visited)));
-  print(fmt::format("  {} to plan, {} to attend: {:.4g} Gflop, {:.4g} Gflop/s\n", seconds_text(s.plan_s), seconds_text(s.attend_s),
-                    flops / 1e9, s.attend_s > 0 ? flops / s.attend_s / 1e9 : 0.0));
+  print(fmt::format("  {} to plan, {} to attend: {:.4g} Gflop, {:.4g} Gflop/s\n", seconds_text(s.plan_s),
+                    seconds_text(s.attend_s), flops / 1e9, s.attend_s > 0 ? flops / s.attend_s / 1e9 : 0.0));
 }
 
 }  // namespace

@@ -53,7 +53,8 @@ std::string bar_chart(const std::vector<Bar>& bars, double from) {
     most = std::max(most, sum);
   }
   const double scale = most > from ? (width - room) / (most - from) : 0;
-  std::string svg = fmt::format("<svg viewBox=\"0 0 {} {}\" role=\"img\">\n", width, row * static_cast<double>(bars.size()));
+  std::string svg =
+      fmt::format("<svg viewBox=\"0 0 {} {}\" role=\"img\">\n", width, row * static_cast<double>(bars.size()));
   double y = 0;
   for (const Bar& b : bars) {
     svg += fmt::format("<text class=\"label\" x=\"0\" y=\"{:.0f}\">{}</text>\n", y + 14, escape_html(b.label));
@@ -61,17 +62,23 @@ std::string bar_chart(const std::vector<Bar>& bars, double from) {
     for (size_t i = 0; i < b.parts.size(); ++i) {
       const double shown = std::max(0.0, b.parts[i] - skipped), length = shown * scale;
       skipped = std::max(0.0, skipped - b.parts[i]);
-      svg += fmt::format("<rect class=\"bar s{}\" x=\"{:.2f}\" y=\"{:.0f}\" width=\"{:.2f}\" height=\"16\" opacity=\"{}\"/>\n",
-                         b.series % series_colors, x, y + 21, length, i == 0 ? 1.0 : i == 1 ? 0.5 : 0.25);
+      svg += fmt::format(
+          "<rect class=\"bar s{}\" x=\"{:.2f}\" y=\"{:.0f}\" width=\"{:.2f}\" height=\"16\" opacity=\"{}\"/>\n",
+          b.series % series_colors, x, y + 21, length,
+          i == 0   ? 1.0
+          : i == 1 ? 0.5
+                   : 0.25);
       x += length;
     }
-    svg += fmt::format("<text class=\"value\" x=\"{:.2f}\" y=\"{:.0f}\">{}</text>\n", x + 7, y + 34, escape_html(b.value));
+    svg +=
+        fmt::format("<text class=\"value\" x=\"{:.2f}\" y=\"{:.0f}\">{}</text>\n", x + 7, y + 34, escape_html(b.value));
     y += row;
   }
   return svg + "</svg>\n";
 }
 
-std::string line_chart(const std::vector<Line>& lines, double x_end, const std::string& x_title, const std::string& y_title, bool zero) {
+std::string line_chart(const std::vector<Line>& lines, double x_end, const std::string& x_title,
+                       const std::string& y_title, bool zero) {
   constexpr double width = 1000, height = 300, left = 56, right = 12, top = 12, bottom = 44;
   double low = std::numeric_limits<double>::infinity(), high = -low;
   for (const Line& line : lines)
@@ -87,19 +94,26 @@ std::string line_chart(const std::vector<Line>& lines, double x_end, const std::
   for (int i = 0; low + i * step <= high + step / 2; ++i) {
     const double y = low + i * step;
     const bool strong = zero && std::abs(y) < step / 2;
-    svg += fmt::format("<line class=\"{}\" x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/>", strong ? "zero" : "grid", left, width - right, at_y(y), at_y(y));
-    svg += fmt::format("<text class=\"tick\" text-anchor=\"end\" x=\"{}\" y=\"{:.1f}\">{}</text>\n", left - 8, at_y(y) + 4, tick_text(strong ? 0 : y, step));
+    svg += fmt::format("<line class=\"{}\" x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/>", strong ? "zero" : "grid",
+                       left, width - right, at_y(y), at_y(y));
+    svg += fmt::format("<text class=\"tick\" text-anchor=\"end\" x=\"{}\" y=\"{:.1f}\">{}</text>\n", left - 8,
+                       at_y(y) + 4, tick_text(strong ? 0 : y, step));
   }
   const double x_step = nice_step(x_end, 8);
   for (double x = 0; x <= x_end * 1.0001; x += x_step)
-    svg += fmt::format("<text class=\"tick\" text-anchor=\"middle\" x=\"{:.1f}\" y=\"{}\">{}</text>\n", at_x(x), height - bottom + 18, tick_text(x, x_step));
-  svg += fmt::format("<text class=\"axis\" text-anchor=\"middle\" x=\"{}\" y=\"{}\">{}</text>\n", (left + width - right) / 2, height - 6, escape_html(x_title));
-  svg += fmt::format("<text class=\"axis\" text-anchor=\"middle\" transform=\"translate(12 {}) rotate(-90)\">{}</text>\n", (top + height - bottom) / 2, escape_html(y_title));
+    svg += fmt::format("<text class=\"tick\" text-anchor=\"middle\" x=\"{:.1f}\" y=\"{}\">{}</text>\n", at_x(x),
+                       height - bottom + 18, tick_text(x, x_step));
+  svg += fmt::format("<text class=\"axis\" text-anchor=\"middle\" x=\"{}\" y=\"{}\">{}</text>\n",
+                     (left + width - right) / 2, height - 6, escape_html(x_title));
+  svg +=
+      fmt::format("<text class=\"axis\" text-anchor=\"middle\" transform=\"translate(12 {}) rotate(-90)\">{}</text>\n",
+                  (top + height - bottom) / 2, escape_html(y_title));
   for (const Line& line : lines) {
     svg += fmt::format("<polyline class=\"line s{}\" points=\"", line.series % series_colors);
     const double bins = static_cast<double>(line.y.size());
     for (size_t i = 0; i < line.y.size(); ++i)
-      svg += fmt::format("{}{:.1f},{:.1f}", i == 0 ? "" : " ", at_x((static_cast<double>(i) + 0.5) / bins * x_end), at_y(line.y[i]));
+      svg += fmt::format("{}{:.1f},{:.1f}", i == 0 ? "" : " ", at_x((static_cast<double>(i) + 0.5) / bins * x_end),
+                         at_y(line.y[i]));
     svg += "\"/>\n";
   }
   return svg + "</svg>\n";

@@ -23,7 +23,8 @@ struct Line {
   std::vector<double> y;           // at equal steps of x
 };
 /// Lines over 0 … x_end; with `zero` a stronger line at y = 0.
-std::string line_chart(const std::vector<Line>& lines, double x_end, const std::string& x_title, const std::string& y_title, bool zero);
+std::string line_chart(const std::vector<Line>& lines, double x_end, const std::string& x_title,
+                       const std::string& y_title, bool zero);
 
 /// 1, 2 or 5 times a power of ten, such that about `wanted` steps span the range.
 double nice_step(double range, int wanted);

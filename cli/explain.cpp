@@ -50,29 +50,41 @@ std::string causality_sentence(Causality causality) {
 
 void explain(const std::string& name) {
   const Mechanism& m = find_mechanism(name);
-  const auto section = [](const char* title, const std::string& body) { print("\n" + toned(title, Tone::bold) + "\n" + body); };
+  const auto section = [](const char* title, const std::string& body) {
+    print("\n" + toned(title, Tone::bold) + "\n" + body);
+  };
   print(toned(m.name, Tone::bold) + ": " + m.title + "\n");
-  print(fmt::format("  {}, {}{}\n", m.paper, m.year, arxiv_number(m).empty() ? "" : "  https://arxiv.org/abs/" + arxiv_number(m)));
+  print(fmt::format("  {}, {}{}\n", m.paper, m.year,
+                    arxiv_number(m).empty() ? "" : "  https://arxiv.org/abs/" + arxiv_number(m)));
   section("Idea", indented(m.idea));
   section("Equations", indented(m.equations));
 
   std::vector<std::vector<Cell>> rows{{{"  parameter"}, {"default"}, {"may be"}, {"what it is"}}};
   for (const ParamSpec& p : m.params)
-    rows.push_back({{"  " + p.name}, {p.required ? "(required)" : p.fallback.empty() ? "–" : p.fallback}, {range_text(p)}, {p.help}});
+    rows.push_back({{"  " + p.name},
+                    {p.required           ? "(required)"
+                     : p.fallback.empty() ? "–"
+                                          : p.fallback},
+                    {range_text(p)},
+                    {p.help}});
   if (m.params.empty()) section("Parameters", "  none\n");
   else print("\n" + table(rows, 4));
 
   if (!m.extras.empty()) {
     std::vector<std::vector<Cell>> extras{{{"  extra tensor"}, {"shape"}, {""}, {"what it is"}}};
     for (const ExtraSpec& e : m.extras)
-      extras.push_back({{"  " + e.name}, {fmt::format("[{}]", fmt::join(e.axes, ", "))}, {e.required ? "required" : "optional"}, {e.help}});
+      extras.push_back({{"  " + e.name},
+                        {fmt::format("[{}]", fmt::join(e.axes, ", "))},
+                        {e.required ? "required" : "optional"},
+                        {e.help}});
     print("\n" + table(extras, 4));
   }
   section("Cost", indented(m.cost));
   section("Stages", indented(m.stage));
   section("Training", indented(training_sentence(m.training)));
   section("Causal", indented(causality_sentence(m.causality) + (m.square ? "; as many queries as keys" : "")));
-  section("On models", indented(m.not_on_models.empty() ? "yes: heed run and heed compare take it" : "no: " + m.not_on_models));
+  section("On models",
+          indented(m.not_on_models.empty() ? "yes: heed run and heed compare take it" : "no: " + m.not_on_models));
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ std::string Help::make_help(const CLI::App* app, std::string, CLI::AppFormatMode
   const CLI::App* root = app;
   while (root->get_parent() != nullptr) {
     root = root->get_parent();
-    path = root->get_name() + " " + path;
+    path.insert(0, root->get_name() + " ");
   }
   const auto commands = app->get_subcommands([](const CLI::App*) { return true; });
   usage = path;
@@ -82,7 +82,8 @@ std::string Help::make_help(const CLI::App* app, std::string, CLI::AppFormatMode
   if (app != root) out += options_of(app, false, "Options");
   out += options_of(root, false, "Options of every command");
   // CLI11 hands a footer down to subcommands without one.
-  if (!app->get_footer().empty() && (app == root || app->get_footer() != root->get_footer())) out += "\n" + app->get_footer() + "\n";
+  if (!app->get_footer().empty() && (app == root || app->get_footer() != root->get_footer()))
+    out += "\n" + app->get_footer() + "\n";
   return out;
 }
 

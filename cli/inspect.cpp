@@ -81,9 +81,14 @@ Json model_json(const model::Gguf& file) {
             {"context", m.context},
             {"sliding_window", windows},
             {"tied_output", m.tied_output},
-            {"chat_template", chat.known() ? "chatml" : chat.available() ? "unsupported" : "none"},
-            {"bytes_in_memory", {{"bf16", model::estimate_weight_bytes(file, DType::bf16)}, {"f32", model::estimate_weight_bytes(file, DType::f32)}}},
-            {"kv_bytes_per_token", {{"bf16", model::kv_bytes_per_token(m, DType::bf16)}, {"f32", model::kv_bytes_per_token(m, DType::f32)}}}};
+            {"chat_template", chat.known()       ? "chatml"
+                              : chat.available() ? "unsupported"
+                                                 : "none"},
+            {"bytes_in_memory",
+             {{"bf16", model::estimate_weight_bytes(file, DType::bf16)},
+              {"f32", model::estimate_weight_bytes(file, DType::f32)}}},
+            {"kv_bytes_per_token",
+             {{"bf16", model::kv_bytes_per_token(m, DType::bf16)}, {"f32", model::kv_bytes_per_token(m, DType::f32)}}}};
   } catch (const Error& error) {
     return {{"supported", false}, {"reason", error.what()}};
   }
@@ -111,16 +116,21 @@ void print_text(const model::Gguf& file) {
   const Json m = model_json(file);
   if (m["supported"].get<bool>()) {
     const auto number = [&](const char* key) { return count_text(m[key].get<Index>()); };
-    print(fmt::format("  {} {}: {} layers, width {}, feed-forward {}, {} heads of {} ({} of keys), vocabulary {}, context {}\n",
-                      m["architecture"].get<std::string>(), printable(m["name"].get<std::string>()), number("layers"), number("width"),
-                      number("ffn"), number("heads"), number("head_size"), number("kv_heads"), number("vocabulary"), number("context")));
+    print(fmt::format(
+        "  {} {}: {} layers, width {}, feed-forward {}, {} heads of {} ({} of keys), vocabulary {}, context {}\n",
+        m["architecture"].get<std::string>(), printable(m["name"].get<std::string>()), number("layers"),
+        number("width"), number("ffn"), number("heads"), number("head_size"), number("kv_heads"), number("vocabulary"),
+        number("context")));
     if (!m["sliding_window"].is_null())
-      print(fmt::format("  {} layers with a sliding window of {} tokens of their own\n", m["sliding_window"]["layers"].size(),
-                        m["sliding_window"]["window"].get<Index>()));
-    print(fmt::format("  output {}; chat template: {}\n", m["tied_output"].get<bool>() ? "tied to the embedding" : "a matrix of its own",
+      print(fmt::format("  {} layers with a sliding window of {} tokens of their own\n",
+                        m["sliding_window"]["layers"].size(), m["sliding_window"]["window"].get<Index>()));
+    print(fmt::format("  output {}; chat template: {}\n",
+                      m["tied_output"].get<bool>() ? "tied to the embedding" : "a matrix of its own",
                       m["chat_template"].get<std::string>()));
-    print(fmt::format("  in memory: {} in bf16, {} in f32; KV cache {} a token in bf16\n", bytes_text(m["bytes_in_memory"]["bf16"].get<Index>()),
-                      bytes_text(m["bytes_in_memory"]["f32"].get<Index>()), bytes_text(m["kv_bytes_per_token"]["bf16"].get<Index>())));
+    print(fmt::format("  in memory: {} in bf16, {} in f32; KV cache {} a token in bf16\n",
+                      bytes_text(m["bytes_in_memory"]["bf16"].get<Index>()),
+                      bytes_text(m["bytes_in_memory"]["f32"].get<Index>()),
+                      bytes_text(m["kv_bytes_per_token"]["bf16"].get<Index>())));
   } else {
     print(fmt::format("  cannot be run: {}\n", m["reason"].get<std::string>()));
   }
@@ -132,7 +142,8 @@ void print_text(const model::Gguf& file) {
 
   heading("Metadata");
   std::vector<std::vector<Cell>> lines{{{"  key"}, {"value"}}};
-  for (const auto& [key, value] : file.metadata()) lines.push_back({{"  " + printable(valid_utf8(key))}, {value_text(value)}});
+  for (const auto& [key, value] : file.metadata())
+    lines.push_back({{"  " + printable(valid_utf8(key))}, {value_text(value)}});
   print(table(lines, 2));
 }
 
@@ -146,7 +157,8 @@ void add_inspect(CLI::App& app, Job& job) {
   };
   const auto options = std::make_shared<Options>();
   command->add_option("MODEL", options->model, "A GGUF file")->required();
-  command->add_flag("--json", options->json, "Everything as one object, every tensor included; arrays of more than 64 values by their length");
+  command->add_flag("--json", options->json,
+                    "Everything as one object, every tensor included; arrays of more than 64 values by their length");
   command->callback([&job, options] {
     job = [options] {
       const model::Gguf file = model::Gguf::open(options->model);

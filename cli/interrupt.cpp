@@ -22,7 +22,7 @@ void on_signal(int number) {
 }
 
 void handle(int number, void (*handler)(int)) {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = handler;
   sigemptyset(&action.sa_mask);
   action.sa_flags = SA_RESTART;
@@ -34,7 +34,7 @@ void handle(int number, void (*handler)(int)) {
 void install_signal_handlers() {
   for (int number : {SIGINT, SIGTERM, SIGHUP}) {
     // Whoever started us in the background, or under nohup, had it ignored.
-    struct sigaction before {};
+    struct sigaction before{};
     sigaction(number, nullptr, &before);
     if (before.sa_handler != SIG_IGN) handle(number, on_signal);
   }

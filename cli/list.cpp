@@ -5,8 +5,8 @@
 #include <memory>
 
 #include "cli/commands.h"
-#include "cli/options.h"
 #include "cli/describe.h"
+#include "cli/options.h"
 #include "cli/terminal.h"
 
 namespace heed::cli {
@@ -15,7 +15,10 @@ namespace {
 std::string defaults_of(const Mechanism& m) {
   std::string out;
   for (const ParamSpec& p : m.params)
-    out += fmt::format("{}{}={}", out.empty() ? "" : " ", p.name, p.required ? "(required)" : p.fallback.empty() ? "(none)" : p.fallback);
+    out += fmt::format("{}{}={}", out.empty() ? "" : " ", p.name,
+                       p.required           ? "(required)"
+                       : p.fallback.empty() ? "(none)"
+                                            : p.fallback);
   return out;
 }
 
@@ -34,12 +37,18 @@ Json mechanism_json(const Mechanism& m) {
   for (const ParamSpec& p : m.params) params.push_back(param_json(p));
   for (const ExtraSpec& e : m.extras)
     extras.push_back({{"name", e.name}, {"shape", e.axes}, {"required", e.required}, {"help", e.help}});
-  return {{"name", m.name},           {"title", m.title},
-          {"paper", m.paper},         {"arxiv", arxiv_number(m)},
-          {"year", m.year},           {"kind", "softmax"},
-          {"stage", m.stage},         {"training", training_name(m.training)},
-          {"causal", causality_name(m.causality)}, {"on_models", m.not_on_models.empty()},
-          {"params", params},         {"extras", extras}};
+  return {{"name", m.name},
+          {"title", m.title},
+          {"paper", m.paper},
+          {"arxiv", arxiv_number(m)},
+          {"year", m.year},
+          {"kind", "softmax"},
+          {"stage", m.stage},
+          {"training", training_name(m.training)},
+          {"causal", causality_name(m.causality)},
+          {"on_models", m.not_on_models.empty()},
+          {"params", params},
+          {"extras", extras}};
 }
 
 void print_json() {
@@ -49,19 +58,26 @@ void print_json() {
 }
 
 void print_markdown() {
-  print("| name | title | paper | year | kind | training | causal | parameters (default) |\n|---|---|---|---|---|---|---|---|\n");
+  print("| name | title | paper | year | kind | training | causal | parameters (default) "
+        "|\n|---|---|---|---|---|---|---|---|\n");
   for (const Mechanism* m : mechanisms()) {
     const std::string defaults = defaults_of(*m), arxiv = arxiv_number(*m);
     print(fmt::format("| `{}` | {} | {} | {} | softmax: {} | {} | {} | {} |\n", m->name, m->title,
-                      arxiv.empty() ? m->paper : fmt::format("[{}](https://arxiv.org/abs/{})", m->paper, arxiv), m->year, m->stage,
-                      training_name(m->training), causality_name(m->causality), defaults.empty() ? "–" : "`" + defaults + "`"));
+                      arxiv.empty() ? m->paper : fmt::format("[{}](https://arxiv.org/abs/{})", m->paper, arxiv),
+                      m->year, m->stage, training_name(m->training), causality_name(m->causality),
+                      defaults.empty() ? "–" : "`" + defaults + "`"));
   }
 }
 
 void print_table() {
   std::vector<std::vector<Cell>> rows{{{"name"}, {"what it is"}, {"year"}, {"paper"}, {"kind"}, {"training"}}};
   for (const Mechanism* m : mechanisms())
-    rows.push_back({{m->name, Tone::bold}, {m->title}, {fmt::format("{}", m->year)}, {m->paper}, {"softmax"}, {training_name(m->training)}});
+    rows.push_back({{m->name, Tone::bold},
+                    {m->title},
+                    {fmt::format("{}", m->year)},
+                    {m->paper},
+                    {"softmax"},
+                    {training_name(m->training)}});
   // A mechanism's parameters stand beneath it.
   const std::string lines = table(rows, rows.front().size());
   size_t at = lines.find('\n') + 1;

@@ -42,7 +42,8 @@ int complain(int code, const std::string& message) {
 void add_shared(CLI::App& app, Shared& shared) {
   app.set_help_flag("-h,--help", "This text");
   app.set_version_flag("--version", "heed " HEED_VERSION, "The version");
-  app.add_option("--threads", shared.threads, "Threads to use (default: HEED_THREADS, else every processor this process may use)")
+  app.add_option("--threads", shared.threads,
+                 "Threads to use (default: HEED_THREADS, else every processor this process may use)")
       ->check(whole_number(1, 4096))
       ->type_name("N");
   app.add_flag("-v,--verbose", shared.verbose, "Say which instruction set, threads and memory are used");
@@ -63,15 +64,16 @@ std::string parse_message(const CLI::App& app, const CLI::ParseError& error) {
   if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
     const std::vector<std::string> extra = app.remaining(true);
     const std::string what = extra.empty() ? std::string("an argument") : extra.front();
-    if (app.get_subcommands().empty()) return fmt::format("{}: no such command or option; heed --help lists them", what);
+    if (app.get_subcommands().empty())
+      return fmt::format("{}: no such command or option; heed --help lists them", what);
     return fmt::format("{}: not an option or argument of {}; {} --help lists them", what, path, path);
   }
   return fmt::format("{}; see {} --help", error.what(), path);
 }
 
 void say_machine() {
-  fmt::print(stderr, "heed: {}; instruction set {} (of {}); {} threads; {} of memory available\n", machine_name(), kernels().name,
-             fmt::join(available_isas(), ", "), threads(), bytes_text(model::available_memory()));
+  fmt::print(stderr, "heed: {}; instruction set {} (of {}); {} threads; {} of memory available\n", machine_name(),
+             kernels().name, fmt::join(available_isas(), ", "), threads(), bytes_text(model::available_memory()));
 }
 
 int run(int argc, char** argv) {

@@ -13,13 +13,19 @@ void ModelOptions::add(CLI::App& command, bool several_mechanisms, const std::st
       ->check(whole_number(1))
       ->type_name("N");
   mechanism.add(command, several_mechanisms, mechanism_help);
-  command.add_option("--layers", layers, "Layers that the mechanism replaces, such as 0,3,5-9,20- (default: every one with global attention); the rest is dense")
+  command
+      .add_option("--layers", layers,
+                  "Layers that the mechanism replaces, such as 0,3,5-9,20- (default: every one with global attention); "
+                  "the rest is dense")
       ->type_name("L");
   command.add_option("--phase", phase, "Where it applies: prefill, decode or both")
       ->check(one_of({"prefill", "decode", "both"}))
       ->type_name("P")
       ->capture_default_str();
-  command.add_option("--chunk", chunk, "Tokens per step of the prefill")->check(whole_number(1))->type_name("N")->capture_default_str();
+  command.add_option("--chunk", chunk, "Tokens per step of the prefill")
+      ->check(whole_number(1))
+      ->type_name("N")
+      ->capture_default_str();
   command.add_option("--ctx", context, "Most tokens to hold (default: as many as needed, at most the model's context)")
       ->check(whole_number(1))
       ->type_name("N");
@@ -37,13 +43,17 @@ model::MechanismUse ModelOptions::use(const MechanismCall& call, const model::Mo
   model::MechanismUse use;
   use.call = call;
   if (!layers.empty()) use.layers = model::parse_layers(layers, info);
-  use.phase = phase == "prefill" ? model::Phase::prefill : phase == "decode" ? model::Phase::decode : model::Phase::both;
+  use.phase = phase == "prefill"  ? model::Phase::prefill
+              : phase == "decode" ? model::Phase::decode
+                                  : model::Phase::both;
   return use;
 }
 
 OpenedModel::OpenedModel(const ModelOptions& options)
-    : options_(options), file_(model::Gguf::open(options.path)), info_(model::read_info(file_)), context_(info_.context) {
-  if (options.context > info_.context) fail("--ctx = {}, expected at most the model's context, {}", options.context, info_.context);
+    : options_(options), file_(model::Gguf::open(options.path)), info_(model::read_info(file_)),
+      context_(info_.context) {
+  if (options.context > info_.context)
+    fail("--ctx = {}, expected at most the model's context, {}", options.context, info_.context);
   if (options.context > 0) context_ = options.context;
   if (options.tokens > context_) fail("--tokens = {}, expected at most the context, {}", options.tokens, context_);
   tokenizer_ = model::Tokenizer::make(model::Vocabulary::from(file_));
@@ -56,7 +66,8 @@ std::vector<model::Token> OpenedModel::read(const std::string& text) const {
   const Index held = static_cast<Index>(ids.size());
   if (options_.tokens > held) fail("{}: holds {} tokens, expected at least --tokens = {}", name, held, options_.tokens);
   if (options_.tokens > 0) ids.resize(static_cast<size_t>(options_.tokens));
-  else if (held > context_) fail("{}: holds {} tokens, expected at most the context, {}; --tokens N reads the first N", name, held, context_);
+  else if (held > context_)
+    fail("{}: holds {} tokens, expected at most the context, {}; --tokens N reads the first N", name, held, context_);
   return ids;
 }
 

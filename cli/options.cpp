@@ -19,7 +19,9 @@ bool parse(std::string_view text, Number& out) {
   return error == std::errc() && end == text.data() + text.size();
 }
 
-bool whole_inside(const std::string& text, Index least, Index most, Index& x) { return parse(text, x) && x >= least && x <= most; }
+bool whole_inside(const std::string& text, Index least, Index most, Index& x) {
+  return parse(text, x) && x >= least && x <= most;
+}
 bool real_inside(const std::string& text, double least, double most, double& x) {
   return parse(text, x) && std::isfinite(x) && x >= least && x <= most;
 }
@@ -43,7 +45,8 @@ CLI::Validator validator(std::string expected, std::function<bool(const std::str
 }
 
 template <class Number>
-std::vector<Number> numbers(const std::string& option, const std::string& text, const std::string& expected, auto accepts) {
+std::vector<Number> numbers(const std::string& option, const std::string& text, const std::string& expected,
+                            auto accepts) {
   std::vector<Number> list;
   for (const std::string& part : comma_parts(text)) {
     Number x{};

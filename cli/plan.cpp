@@ -61,26 +61,29 @@ void draw_plan(const Options& options) {
   stop_if_interrupted();
 
   if (options.json) {
-    print(json_text({{"mechanism", call.name},
-                     {"params", params_json(call)},
-                     {"shapes", {{"q", in.q.shape}, {"k", in.k.shape}, {"v", in.v.shape}}},
-                     {"causal", p.causal},
-                     {"density", density},
-                     {"pairs", cost.pairs},
-                     {"dense_pairs", cost.dense_pairs},
-                     {"tiles", cost.tiles},
-                     {"flops", per_pair * cost.pairs},
-                     {"dense_flops", per_pair * cost.dense_pairs},
-                     {"picture", {{"batch", options.batch}, {"head", options.head}, {"tokens_per_pixel", picture.cell}}}}));
+    print(json_text(
+        {{"mechanism", call.name},
+         {"params", params_json(call)},
+         {"shapes", {{"q", in.q.shape}, {"k", in.k.shape}, {"v", in.v.shape}}},
+         {"causal", p.causal},
+         {"density", density},
+         {"pairs", cost.pairs},
+         {"dense_pairs", cost.dense_pairs},
+         {"tiles", cost.tiles},
+         {"flops", per_pair * cost.pairs},
+         {"dense_flops", per_pair * cost.dense_pairs},
+         {"picture", {{"batch", options.batch}, {"head", options.head}, {"tokens_per_pixel", picture.cell}}}}));
     return;
   }
   print(fmt::format("{}: {} queries, {} keys, {} heads{}\n", call.text(), count_text(p.N), count_text(p.M), p.B * p.Hq,
                     p.causal ? ", causal" : ""));
-  print(fmt::format("  {:.4g} % of the pairs of dense attention: {} of {}, in {} tiles\n", 100 * density, count_text(cost.pairs),
-                    count_text(cost.dense_pairs), count_text(cost.tiles)));
-  print(fmt::format("  {:.4g} Gflop instead of {:.4g}; by its own account: {}\n", static_cast<double>(per_pair * cost.pairs) / 1e9,
+  print(fmt::format("  {:.4g} % of the pairs of dense attention: {} of {}, in {} tiles\n", 100 * density,
+                    count_text(cost.pairs), count_text(cost.dense_pairs), count_text(cost.tiles)));
+  print(fmt::format("  {:.4g} Gflop instead of {:.4g}; by its own account: {}\n",
+                    static_cast<double>(per_pair * cost.pairs) / 1e9,
                     static_cast<double>(per_pair * cost.dense_pairs) / 1e9, find_mechanism(call.name).cost));
-  print(fmt::format("  {}: head {}, one pixel for {} x {} tokens\n", options.png, options.head, picture.cell, picture.cell));
+  print(fmt::format("  {}: head {}, one pixel for {} x {} tokens\n", options.png, options.head, picture.cell,
+                    picture.cell));
 }
 
 }  // namespace
@@ -92,8 +95,14 @@ void add_plan(CLI::App& app, Job& job) {
   command->add_option("--png", options->png, "Where to draw the picture: queries downwards, keys to the right")
       ->required()
       ->type_name("F");
-  command->add_option("--head", options->head, "The query head to draw")->check(whole_number(0))->type_name("H")->capture_default_str();
-  command->add_option("--batch", options->batch, "The batch to draw")->check(whole_number(0))->type_name("B")->capture_default_str();
+  command->add_option("--head", options->head, "The query head to draw")
+      ->check(whole_number(0))
+      ->type_name("H")
+      ->capture_default_str();
+  command->add_option("--batch", options->batch, "The batch to draw")
+      ->check(whole_number(0))
+      ->type_name("B")
+      ->capture_default_str();
   command->add_flag("--json", options->json, "Print density, pairs and operations as one object");
   command->callback([&job, options] { job = [options] { draw_plan(*options); }; });
   command->footer("Example:\n  heed plan in.safetensors --mechanism power:block=64 --png power.png");

@@ -9,7 +9,7 @@ namespace heed::cli {
 
 struct PngStyle {
   Index margin = 0;     // light pixels around the picture
-  Index least = 0;      // a smaller picture has every pixel drawn as a square, so that its longer side comes near this
+  Index least = 0;  // a smaller picture has every pixel drawn as a square, so that its longer side comes near this
 };
 
 /// The bytes of a PNG file: queries from top to bottom, keys from left to right. The more of a

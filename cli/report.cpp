@@ -64,11 +64,15 @@ bool remembers(const CompareRow& row, const CompareRow& dense) { return keys_fou
 std::string headline(const Comparison& c) {
   const CompareRow* dense = c.dense();
   if (dense == nullptr || c.rows.size() < 2) {
-    const auto best = std::min_element(c.rows.begin(), c.rows.end(), [](const CompareRow& a, const CompareRow& b) { return a.prefill_s < b.prefill_s; });
-    return fmt::format("{} reads {} tokens in {}, {} tokens a second", spoken(best->call), count_text(best->tokens), seconds_text(best->prefill_s),
-                       count_text(std::llround(best->tokens_per_s)));
+    const auto best = std::min_element(c.rows.begin(), c.rows.end(), [](const CompareRow& a, const CompareRow& b) {
+      return a.prefill_s < b.prefill_s;
+    });
+    return fmt::format("{} reads {} tokens in {}, {} tokens a second", spoken(best->call), count_text(best->tokens),
+                       seconds_text(best->prefill_s), count_text(std::llround(best->tokens_per_s)));
   }
-  const auto close = [&](const CompareRow& r) { return remembers(r, *dense) && (!c.perplexity || r.ppl <= 1.1 * dense->ppl); };
+  const auto close = [&](const CompareRow& r) {
+    return remembers(r, *dense) && (!c.perplexity || r.ppl <= 1.1 * dense->ppl);
+  };
   const CompareRow *best = nullptr, *fastest = nullptr;
   for (const CompareRow& r : c.rows) {
     if (&r == dense) continue;
@@ -77,21 +81,29 @@ std::string headline(const Comparison& c) {
   }
   const CompareRow& r = best != nullptr && *speedup(c, *best) > 1.02 ? *best : *fastest;
   const double ratio = *speedup(c, r);
-  std::string text = ratio > 1.02 ? fmt::format("{} reads {} tokens {:.2f} times as fast as dense attention", spoken(r.call), count_text(r.tokens), ratio)
-                                  : fmt::format("At {} tokens nothing is faster than dense attention; {} comes closest, at {:.2f} times its speed",
-                                                count_text(r.tokens), spoken(r.call), ratio);
+  std::string text =
+      ratio > 1.02
+          ? fmt::format("{} reads {} tokens {:.2f} times as fast as dense attention", spoken(r.call),
+                        count_text(r.tokens), ratio)
+          : fmt::format(
+                "At {} tokens nothing is faster than dense attention; {} comes closest, at {:.2f} times its speed",
+                count_text(r.tokens), spoken(r.call), ratio);
   text += fmt::format(", computing {:.1f} % of its attention", 100 * r.density);
   if (c.perplexity) text += "; " + ppl_change(c, r);
   if (!r.passkey.empty())
-    text += remembers(r, *dense) ? fmt::format("{} it finds {} of {} hidden keys", c.perplexity ? ", and" : ";", keys_found(r), r.passkey.size())
-                                 : fmt::format(", but it finds {} of {} hidden keys where dense attention finds {}", keys_found(r), r.passkey.size(), keys_found(*dense));
+    text += remembers(r, *dense) ? fmt::format("{} it finds {} of {} hidden keys", c.perplexity ? ", and" : ";",
+                                               keys_found(r), r.passkey.size())
+                                 : fmt::format(", but it finds {} of {} hidden keys where dense attention finds {}",
+                                               keys_found(r), r.passkey.size(), keys_found(*dense));
   return text;
 }
 
 std::string summary_table(const Comparison& c) {
   const CompareRow* dense = c.dense();
-  const bool passkey = std::any_of(c.rows.begin(), c.rows.end(), [](const CompareRow& r) { return !r.passkey.empty(); });
-  std::string out = "<table><thead><tr><th>mechanism</th><th>prefill</th><th>tokens/s</th><th>speed<br>vs dense</th><th>attention,<br>share of time</th>"
+  const bool passkey =
+      std::any_of(c.rows.begin(), c.rows.end(), [](const CompareRow& r) { return !r.passkey.empty(); });
+  std::string out = "<table><thead><tr><th>mechanism</th><th>prefill</th><th>tokens/s</th><th>speed<br>vs "
+                    "dense</th><th>attention,<br>share of time</th>"
                     "<th>density</th>";
   if (c.perplexity) out += "<th>perplexity</th><th>change</th>";
   out += "<th>peak memory</th>";
@@ -99,8 +111,11 @@ std::string summary_table(const Comparison& c) {
   out += "</tr></thead><tbody>\n";
   for (size_t i = 0; i < c.rows.size(); ++i) {
     const CompareRow& r = c.rows[i];
-    const auto cell = [&](const std::string& text, const char* tone = "") { out += fmt::format("<td class=\"{}\">{}</td>", tone, text); };
-    out += fmt::format("<tr><td class=\"name\">{}{}<small>{}</small></td>", chip(i), escape_html(r.call.name), escape_html(params_text(r.call)));
+    const auto cell = [&](const std::string& text, const char* tone = "") {
+      out += fmt::format("<td class=\"{}\">{}</td>", tone, text);
+    };
+    out += fmt::format("<tr><td class=\"name\">{}{}<small>{}</small></td>", chip(i), escape_html(r.call.name),
+                       escape_html(params_text(r.call)));
     cell(seconds_text(r.prefill_s));
     cell(count_text(std::llround(r.tokens_per_s)));
     const auto ratio = speedup(c, r);
@@ -125,15 +140,17 @@ std::string summary_table(const Comparison& c) {
 
 std::string bar_charts(const Comparison& c) {
   std::vector<Bar> times, perplexities;
-  double least = 1e300, most = 0;
-  for (const CompareRow& r : c.rows) least = std::min(least, r.ppl), most = std::max(most, r.ppl);
   for (size_t i = 0; i < c.rows.size(); ++i) {
     const CompareRow& r = c.rows[i];
-    times.push_back({r.call.text(), seconds_text(r.prefill_s), i, {r.attention_s, r.linear_s, std::max(0.0, r.prefill_s - r.attention_s - r.linear_s)}});
+    times.push_back({r.call.text(),
+                     seconds_text(r.prefill_s),
+                     i,
+                     {r.attention_s, r.linear_s, std::max(0.0, r.prefill_s - r.attention_s - r.linear_s)}});
     perplexities.push_back({r.call.text(), fmt::format("{:.3f}", r.ppl), i, {r.ppl}});
   }
   std::string out = "<div class=\"two\"><div class=\"card\"><h3>Prefill time</h3>" + bar_chart(times) +
-                    "<p class=\"note\" style=\"margin:12px 0 0\">Full colour: attention, planning included. Fainter: linear layers. Faintest: the rest.</p></div>\n";
+                    "<p class=\"note\" style=\"margin:12px 0 0\">Full colour: attention, planning included. Fainter: "
+                    "linear layers. Faintest: the rest.</p></div>\n";
   if (c.perplexity)
     out += "<div class=\"card\"><h3>Perplexity of the document</h3>" + bar_chart(perplexities) +
            "<p class=\"note\" style=\"margin:12px 0 0\">Lower is better. Bars start at 0.</p></div>\n";
@@ -168,9 +185,11 @@ std::string curves(const Comparison& c) {
   }
   legend += "</div>\n";
   const double end = static_cast<double>(c.tokens);
-  std::string out = fmt::format("<h2>Perplexity along the document</h2><p class=\"note\">Means over {} stretches of the text. A mechanism that forgets falls behind as the "
+  std::string out = fmt::format("<h2>Perplexity along the document</h2><p class=\"note\">Means over {} stretches of "
+                                "the text. A mechanism that forgets falls behind as the "
                                 "text grows longer.</p><div class=\"card\">{}{}</div>\n",
-                                levels.front().y.size(), legend, line_chart(levels, end, "position in the document, tokens", "perplexity", false));
+                                levels.front().y.size(), legend,
+                                line_chart(levels, end, "position in the document, tokens", "perplexity", false));
   if (!losses.empty())
     out += "<div class=\"card\" style=\"margin-top:20px\"><h3>What each loses against dense attention</h3>" +
            line_chart(losses, end, "position in the document, tokens", "nats a token", true) + "</div>\n";
@@ -182,19 +201,23 @@ std::string tasks(const Comparison& c) {
   const std::vector<model::PasskeyResult>& asked = c.rows.front().passkey;
   if (!asked.empty()) {
     const size_t seeds = std::max<size_t>(1, c.seeds.size());
-    out += "<h2>Is a hidden key found?</h2><p class=\"note\">A five-digit key stands in a sentence of its own somewhere in the text; after the text the model is asked for "
-           "it. What it said instead is written beside a miss.</p><div class=\"card scroll\"><table class=\"keys\"><thead><tr><th>mechanism</th>";
+    out += "<h2>Is a hidden key found?</h2><p class=\"note\">A five-digit key stands in a sentence of its own "
+           "somewhere in the text; after the text the model is asked for "
+           "it. What it said instead is written beside a miss.</p><div class=\"card scroll\"><table "
+           "class=\"keys\"><thead><tr><th>mechanism</th>";
     for (size_t i = 0; i < asked.size(); i += seeds)
       out += fmt::format("<th>{:.0f} % deep<br>in {} tokens</th>", 100 * asked[i].depth, count_text(asked[i].length));
     out += "</tr></thead><tbody>\n";
     for (size_t row = 0; row < c.rows.size(); ++row) {
       const CompareRow& r = c.rows[row];
-      out += fmt::format("<tr><td class=\"name\">{}{}<small>{}</small></td>", chip(row), escape_html(r.call.name), escape_html(params_text(r.call)));
+      out += fmt::format("<tr><td class=\"name\">{}{}<small>{}</small></td>", chip(row), escape_html(r.call.name),
+                         escape_html(params_text(r.call)));
       for (size_t i = 0; i < r.passkey.size(); ++i) {
         const model::PasskeyResult& x = r.passkey[i];
         out += i % seeds == 0 ? "<td>" : "<br>";
         out += x.found ? fmt::format("<span class=\"good key\">✓ {}</span>", x.key)
-                       : fmt::format("<span class=\"bad key\" title=\"the key was {}\">✗ {}</span>", x.key, escape_html(x.answer));
+                       : fmt::format("<span class=\"bad key\" title=\"the key was {}\">✗ {}</span>", x.key,
+                                     escape_html(x.answer));
         if (i % seeds == seeds - 1) out += "</td>";
       }
       out += "</tr>\n";
@@ -202,12 +225,16 @@ std::string tasks(const Comparison& c) {
     out += "</tbody></table></div>\n";
   }
   if (!c.rows.front().copy.empty()) {
-    out += "<h2>Is a passage recognised when it comes again?</h2><p class=\"note\">Nats a token over a passage of 200 tokens where it first occurs, and where it comes "
-           "again after a gap.</p><div class=\"card scroll\"><table><thead><tr><th>mechanism</th><th>gap, tokens</th><th>first time</th><th>second time</th></tr></thead><tbody>\n";
+    out += "<h2>Is a passage recognised when it comes again?</h2><p class=\"note\">Nats a token over a passage of 200 "
+           "tokens where it first occurs, and where it comes "
+           "again after a gap.</p><div class=\"card scroll\"><table><thead><tr><th>mechanism</th><th>gap, "
+           "tokens</th><th>first time</th><th>second time</th></tr></thead><tbody>\n";
     for (size_t row = 0; row < c.rows.size(); ++row)
       for (const model::CopyResult& x : c.rows[row].copy)
-        out += fmt::format("<tr><td class=\"name\">{}{}<small>{}</small></td><td>{}</td><td>{:.3f}</td><td>{:.3f}</td></tr>\n", chip(row),
-                           escape_html(c.rows[row].call.name), escape_html(params_text(c.rows[row].call)), count_text(x.gap), x.nll_first, x.nll_second);
+        out += fmt::format(
+            "<tr><td class=\"name\">{}{}<small>{}</small></td><td>{}</td><td>{:.3f}</td><td>{:.3f}</td></tr>\n",
+            chip(row), escape_html(c.rows[row].call.name), escape_html(params_text(c.rows[row].call)),
+            count_text(x.gap), x.nll_first, x.nll_second);
     out += "</tbody></table></div>\n";
   }
   return out;
@@ -215,39 +242,53 @@ std::string tasks(const Comparison& c) {
 
 bool same_picture(const Picture& a, const Picture& b) {
   return a.share.size() == b.share.size() &&
-         std::equal(a.share.begin(), a.share.end(), b.share.begin(), [](float x, float y) { return x == y || (std::isnan(x) && std::isnan(y)); });
+         std::equal(a.share.begin(), a.share.end(), b.share.begin(),
+                    [](float x, float y) { return x == y || (std::isnan(x) && std::isnan(y)); });
 }
 
 std::string plans(const Comparison& c) {
   if (c.pictures.empty()) return "";
   const Index cell = c.pictures.front().picture.cell;
-  std::string out = fmt::format("<h2>Who attends to whom</h2><p class=\"note\">Queries go down, keys to the right; a pixel stands for {} × {} tokens and shows the share of "
-                                "its pairs that are attended:<span class=\"ramp\"></span>from few to all. White: skipped. Grey: the future.</p><div class=\"plans\">\n", cell, cell);
+  std::string out = fmt::format("<h2>Who attends to whom</h2><p class=\"note\">Queries go down, keys to the right; a "
+                                "pixel stands for {} × {} tokens and shows the share of "
+                                "its pairs that are attended:<span class=\"ramp\"></span>from few to all. White: "
+                                "skipped. Grey: the future.</p><div class=\"plans\">\n",
+                                cell, cell);
   for (size_t i = 0; i < c.pictures.size(); ++i) {
     const PlanPicture& p = c.pictures[i];
     const auto of_row = [&](const PlanPicture& x) { return x.row == p.row; };
     const auto first = std::find_if(c.pictures.begin(), c.pictures.end(), of_row);
-    const bool alike = std::all_of(c.pictures.begin(), c.pictures.end(), [&](const PlanPicture& x) { return !of_row(x) || same_picture(x.picture, p.picture); });
+    const bool alike = std::all_of(c.pictures.begin(), c.pictures.end(), [&](const PlanPicture& x) {
+      return !of_row(x) || same_picture(x.picture, p.picture);
+    });
     if (alike && &*first != &p) continue;  // a static pattern is shown once
-    const std::string where = alike ? std::string("the same in every layer and head looked at") : fmt::format("layer {}, head {}", p.layer, p.head);
-    out += fmt::format("<figure><img alt=\"plan of {}\" src=\"data:image/png;base64,{}\"><figcaption><b>{}</b>{}: {:.1f} % of the pairs</figcaption></figure>\n",
-                       escape_html(c.rows[p.row].call.text()), base64(encode_png(p.picture, {.margin = 0, .least = 0})), escape_html(c.rows[p.row].call.text()), where,
-                       100 * p.density);
+    const std::string where = alike ? std::string("the same in every layer and head looked at")
+                                    : fmt::format("layer {}, head {}", p.layer, p.head);
+    out += fmt::format("<figure><img alt=\"plan of {}\" src=\"data:image/png;base64,{}\"><figcaption><b>{}</b>{}: "
+                       "{:.1f} % of the pairs</figcaption></figure>\n",
+                       escape_html(c.rows[p.row].call.text()), base64(encode_png(p.picture, {.margin = 0, .least = 0})),
+                       escape_html(c.rows[p.row].call.text()), where, 100 * p.density);
   }
   return out + "</div>\n";
 }
 
 std::string foot(const Comparison& c) {
   std::string out = "<footer><dl>\n";
-  const auto item = [&](const char* name, const std::string& text) { out += fmt::format("<dt>{}</dt><dd>{}</dd>\n", name, escape_html(text)); };
+  const auto item = [&](const char* name, const std::string& text) {
+    out += fmt::format("<dt>{}</dt><dd>{}</dd>\n", name, escape_html(text));
+  };
   item("Machine", fmt::format("{}, {} threads, instruction set {}", c.machine, c.threads, c.isa));
   item("Model", fmt::format("{} ({})", model_title(c), file_name(c.model)));
   item("Document", fmt::format("{}, the first {} tokens", file_name(c.file), count_text(c.tokens)));
-  item("Arithmetic", fmt::format("{}; KV cache in {}; {} tokens per step", c.dtype, c.dtype == "f32" ? "f32" : c.kv, c.chunk));
-  item("Mechanisms apply to", fmt::format("{}; {}", c.layers.empty() ? "every layer with global attention" : "layers " + c.layers,
-                                         c.phase == "both" ? "prefill and decode" : c.phase + " only"));
-  item("Prefill", "computes the logits of the last position only; scoring all others for perplexity is not part of its time");
-  item("Density", "attended (row, key) pairs over those of causal dense attention, counted, over the heads and layers replaced");
+  item("Arithmetic",
+       fmt::format("{}; KV cache in {}; {} tokens per step", c.dtype, c.dtype == "f32" ? "f32" : c.kv, c.chunk));
+  item("Mechanisms apply to",
+       fmt::format("{}; {}", c.layers.empty() ? "every layer with global attention" : "layers " + c.layers,
+                   c.phase == "both" ? "prefill and decode" : c.phase + " only"));
+  item("Prefill",
+       "computes the logits of the last position only; scoring all others for perplexity is not part of its time");
+  item("Density",
+       "attended (row, key) pairs over those of causal dense attention, counted, over the heads and layers replaced");
   item("Made with", "heed " HEED_VERSION);
   return out + "</dl></footer>\n";
 }
@@ -256,13 +297,21 @@ std::string foot(const Comparison& c) {
 
 std::string comparison_html(const Comparison& c) {
   const std::string finding = escape_html(headline(c));
-  std::string page = fmt::format("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-                                 "<meta name=\"color-scheme\" content=\"light dark\"><title>heed: {} on {}</title>\n<style>{}</style></head>\n<body><main>\n",
+  std::string page = fmt::format("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta "
+                                 "name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+                                 "<meta name=\"color-scheme\" content=\"light dark\"><title>heed: {} on "
+                                 "{}</title>\n<style>{}</style></head>\n<body><main>\n",
                                  escape_html(model_title(c)), escape_html(file_name(c.file)), report_style);
-  page += fmt::format("<p class=\"kicker\">heed compare · {} · {}</p>\n<h1>{}.</h1>\n", escape_html(model_title(c)), escape_html(file_name(c.file)), finding);
-  page += fmt::format("<p class=\"lead\">{} read the first {} tokens of {} under {} attention mechanism{}, {} with the same weights, on {} threads of {}.</p>\n",
-                      escape_html(model_title(c)), count_text(c.tokens), escape_html(file_name(c.file)), c.rows.size(), c.rows.size() == 1 ? "" : "s",
-                      c.rows.size() == 2 ? "both" : c.rows.size() == 1 ? "" : "all", c.threads, escape_html(c.machine));
+  page += fmt::format("<p class=\"kicker\">heed compare · {} · {}</p>\n<h1>{}.</h1>\n", escape_html(model_title(c)),
+                      escape_html(file_name(c.file)), finding);
+  page += fmt::format("<p class=\"lead\">{} read the first {} tokens of {} under {} attention mechanism{}, {} with the "
+                      "same weights, on {} threads of {}.</p>\n",
+                      escape_html(model_title(c)), count_text(c.tokens), escape_html(file_name(c.file)), c.rows.size(),
+                      c.rows.size() == 1 ? "" : "s",
+                      c.rows.size() == 2   ? "both"
+                      : c.rows.size() == 1 ? ""
+                                           : "all",
+                      c.threads, escape_html(c.machine));
   page += "<div class=\"card scroll\">" + summary_table(c) + "</div>\n<div style=\"height:20px\"></div>\n";
   page += bar_charts(c) + curves(c) + tasks(c) + plans(c) + foot(c);
   return page + "</main></body></html>\n";

@@ -43,11 +43,13 @@ svg { display: block; width: 100%; height: auto; overflow: visible; font-family:
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 )"
 // One rule a series for what is filled, drawn and shown as a chip.
-#define HEED_SERIES(n) \
-  ".bar.s" #n " { fill: var(--s" #n "); } .line.s" #n " { stroke: var(--s" #n "); } .chip.s" #n " { background: var(--s" #n "); }\n"
-    HEED_SERIES(0) HEED_SERIES(1) HEED_SERIES(2) HEED_SERIES(3) HEED_SERIES(4) HEED_SERIES(5) HEED_SERIES(6) HEED_SERIES(7)
+#define HEED_SERIES(n)                                                                          \
+  ".bar.s" #n " { fill: var(--s" #n "); } .line.s" #n " { stroke: var(--s" #n "); } .chip.s" #n \
+  " { background: var(--s" #n "); }\n"
+    HEED_SERIES(0) HEED_SERIES(1) HEED_SERIES(2) HEED_SERIES(3) HEED_SERIES(4) HEED_SERIES(5) HEED_SERIES(6)
+        HEED_SERIES(7)
 #undef HEED_SERIES
-    R"(.plans { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 22px; }
+            R"(.plans { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 22px; }
 figure { margin: 0; }
 figure img { display: block; width: 100%; border-radius: 6px; border: 1px solid var(--line); background: #fff; }
 figcaption { font-size: 13px; color: var(--muted); margin-top: 8px; line-height: 1.4; }

@@ -28,9 +28,7 @@ struct Options {
   model::SamplerOptions sampling;
 };
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Document, empty line, prompt.
 std::string joined(std::string document, const std::string& prompt) {
@@ -62,7 +60,8 @@ std::vector<Token> prompt_ids(const Options& options, const OpenedModel& opened)
   return ids;
 }
 
-void print_logits(const Options& options, const OpenedModel& opened, const std::vector<Token>& ids, const std::vector<float>& logits) {
+void print_logits(const Options& options, const OpenedModel& opened, const std::vector<Token>& ids,
+                  const std::vector<float>& logits) {
   const auto top = model::top_logits(logits, options.logits);
   if (options.json) {
     Json list = Json::array();
@@ -72,12 +71,15 @@ void print_logits(const Options& options, const OpenedModel& opened, const std::
   }
   std::vector<std::vector<Cell>> rows{{{"id"}, {"logit"}, {"token"}}};
   for (const auto& [id, logit] : top)
-    rows.push_back({{fmt::format("{}", id)}, {fmt::format("{:.4f}", logit)}, {Json(valid_utf8(opened.tokenizer().decode(id, true))).dump()}});
+    rows.push_back({{fmt::format("{}", id)},
+                    {fmt::format("{:.4f}", logit)},
+                    {Json(valid_utf8(opened.tokenizer().decode(id, true))).dump()}});
   print(table(rows, 0));
 }
 
 // Streams at most `most` tokens; returns how many there were.
-Index generate(const OpenedModel& opened, model::Session& session, model::Sampler& sampler, const std::vector<float>* logits, Index most) {
+Index generate(const OpenedModel& opened, model::Session& session, model::Sampler& sampler,
+               const std::vector<float>* logits, Index most) {
   Utf8Stream text;
   Index count = 0;
   while (count < most && interrupted() == 0) {
@@ -94,15 +96,20 @@ Index generate(const OpenedModel& opened, model::Session& session, model::Sample
 }
 
 void say_rates(Index read, double read_s, Index written, double written_s) {
-  const auto rate = [](Index tokens, double s) { return s > 0 ? fmt::format("{:.1f} tokens/s", static_cast<double>(tokens) / s) : "-"; };
+  const auto rate = [](Index tokens, double s) {
+    return s > 0 ? fmt::format("{:.1f} tokens/s", static_cast<double>(tokens) / s) : "-";
+  };
   fmt::print(stderr, "prefill: {} tokens in {}, {}\n", count_text(read), seconds_text(read_s), rate(read, read_s));
   if (written > 0)
-    fmt::print(stderr, "decode: {} tokens in {}, {}\n", count_text(written), seconds_text(written_s), rate(written, written_s));
+    fmt::print(stderr, "decode: {} tokens in {}, {}\n", count_text(written), seconds_text(written_s),
+               rate(written, written_s));
 }
 
 void run_model(const Options& options) {
-  if (options.model.file.empty() && !options.has_prompt) fail_usage("run: nothing to read, expected --prompt or --file");
-  if (options.model.file.empty() && options.model.tokens > 0) fail_usage("run: --tokens = {}, expected only with --file", options.model.tokens);
+  if (options.model.file.empty() && !options.has_prompt)
+    fail_usage("run: nothing to read, expected --prompt or --file");
+  if (options.model.file.empty() && options.model.tokens > 0)
+    fail_usage("run: --tokens = {}, expected only with --file", options.model.tokens);
   if (options.json && options.logits == 0) fail_usage("run: --json, expected only with --logits");
   const MechanismCall call = options.model.mechanism.calls({"dense"}).front();
   model::Sampler sampler(options.sampling);
@@ -110,11 +117,14 @@ void run_model(const Options& options) {
   const OpenedModel opened(options.model);
   const std::vector<Token> ids = prompt_ids(options, opened);
   const Index length = static_cast<Index>(ids.size());
-  if (length > opened.context()) fail("run: the prompt holds {} tokens, expected at most the context, {}", length, opened.context());
-  const Index context = options.model.context > 0 ? options.model.context : std::min(opened.context(), length + options.count);
+  if (length > opened.context())
+    fail("run: the prompt holds {} tokens, expected at most the context, {}", length, opened.context());
+  const Index context =
+      options.model.context > 0 ? options.model.context : std::min(opened.context(), length + options.count);
   const model::MechanismUse use = options.model.use(call, opened.info());
   const auto loaded = opened.load(context, 0);
-  model::Session session(*loaded, {.use = use, .context = context, .chunk = options.model.chunk, .kv = dtype_named(options.model.kv)});
+  model::Session session(
+      *loaded, {.use = use, .context = context, .chunk = options.model.chunk, .kv = dtype_named(options.model.kv)});
 
   const HoldInterrupts hold;
   ProgressLine progress;
@@ -142,33 +152,56 @@ void add_run(CLI::App& app, Job& job) {
   const auto options = std::make_shared<Options>();
   options->model.add(*command, false, "The attention mechanism: NAME or NAME:parameter=value,… [dense]");
   const double huge = std::numeric_limits<double>::max();
-  CLI::Option* prompt = command->add_option("--prompt", options->prompt, "The prompt; with --file it follows the document after an empty line")
+  CLI::Option* prompt = command
+                            ->add_option("--prompt", options->prompt,
+                                         "The prompt; with --file it follows the document after an empty line")
                             ->type_name("T");
-  command->add_option("-n", options->count, "Most tokens to write")->check(whole_number(0, 1 << 30))->type_name("N")->capture_default_str();
+  command->add_option("-n", options->count, "Most tokens to write")
+      ->check(whole_number(0, 1 << 30))
+      ->type_name("N")
+      ->capture_default_str();
   command->add_option("--chat", options->chat, "auto: in the model's chat template, if it has one; off: the bare text")
       ->check(one_of({"auto", "off"}))
       ->type_name("WHEN")
       ->capture_default_str();
   command->add_option("--temp", options->sampling.temperature, "Temperature; 0 takes the likeliest token")
-      ->check(real_number(0, huge))->type_name("X")->capture_default_str();
+      ->check(real_number(0, huge))
+      ->type_name("X")
+      ->capture_default_str();
   command->add_option("--top-k", options->sampling.top_k, "Draw among the k likeliest tokens; 0: among all")
-      ->check(whole_number(0))->type_name("K")->capture_default_str();
-  command->add_option("--top-p", options->sampling.top_p, "Draw among the likeliest tokens that together have this probability")
-      ->check(real_number(0, 1))->type_name("X")->capture_default_str();
-  command->add_option("--min-p", options->sampling.min_p, "Draw among tokens at least this share as likely as the likeliest")
-      ->check(real_number(0, 1))->type_name("X")->capture_default_str();
-  command->add_option("--seed", options->sampling.seed, "Seed of the draws")->check(whole_number(0))->type_name("N")->capture_default_str();
+      ->check(whole_number(0))
+      ->type_name("K")
+      ->capture_default_str();
+  command
+      ->add_option("--top-p", options->sampling.top_p,
+                   "Draw among the likeliest tokens that together have this probability")
+      ->check(real_number(0, 1))
+      ->type_name("X")
+      ->capture_default_str();
+  command
+      ->add_option("--min-p", options->sampling.min_p,
+                   "Draw among tokens at least this share as likely as the likeliest")
+      ->check(real_number(0, 1))
+      ->type_name("X")
+      ->capture_default_str();
+  command->add_option("--seed", options->sampling.seed, "Seed of the draws")
+      ->check(whole_number(0))
+      ->type_name("N")
+      ->capture_default_str();
   command->add_option("--logits", options->logits, "Print the k largest logits after the prompt instead of writing")
-      ->check(whole_number(1))->type_name("K");
-  command->add_flag("--json", options->json, "With --logits: {\"ids\":[…],\"logits\":[[id,logit],…]}, ids as they were fed, BOS included");
+      ->check(whole_number(1))
+      ->type_name("K");
+  command->add_flag("--json", options->json,
+                    "With --logits: {\"ids\":[…],\"logits\":[[id,logit],…]}, ids as they were fed, BOS included");
   command->callback([&job, options, prompt] {
     options->has_prompt = prompt->count() > 0;
     job = [options] { run_model(*options); };
   });
-  command->footer("Examples:\n"
-                  "  heed run model.gguf --prompt 'Why is the sky blue?'\n"
-                  "  heed run model.gguf --file book.txt --tokens 4000 --prompt 'Who is this about?' -n 100\n"
-                  "  heed run model.gguf --file book.txt --chat off --mechanism moba:block=64,top_k=8,sink=64 --temp 0.7");
+  command->footer(
+      "Examples:\n"
+      "  heed run model.gguf --prompt 'Why is the sky blue?'\n"
+      "  heed run model.gguf --file book.txt --tokens 4000 --prompt 'Who is this about?' -n 100\n"
+      "  heed run model.gguf --file book.txt --chat off --mechanism moba:block=64,top_k=8,sink=64 --temp 0.7");
 }
 
 }  // namespace heed::cli

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -21,13 +22,14 @@ bool set_and_not_empty(const char* variable) {
 
 bool colored_by_default() {
   const char* term = std::getenv("TERM");
-  return ::isatty(STDOUT_FILENO) != 0 && !set_and_not_empty("NO_COLOR") && term != nullptr && std::strcmp(term, "dumb") != 0;
+  return ::isatty(STDOUT_FILENO) != 0 && !set_and_not_empty("NO_COLOR") && term != nullptr &&
+         std::strcmp(term, "dumb") != 0;
 }
 
 bool colored = colored_by_default();
 
 Index terminal_columns() {
-  struct winsize size {};
+  struct winsize size{};
   return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
@@ -50,7 +52,8 @@ std::string toned(std::string_view text, Tone tone) {
 }
 
 Index display_width(std::string_view text) {
-  return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xc0u) != 0x80u; });
+  return std::count_if(text.begin(), text.end(),
+                       [](char c) { return (static_cast<unsigned char>(c) & 0xc0u) != 0x80u; });
 }
 
 std::string table(const std::vector<std::vector<Cell>>& rows, size_t left) {
@@ -84,7 +87,8 @@ std::string bytes_text(Index bytes) {
 
 std::string count_text(Index n) {
   std::string digits = fmt::format("{}", n);
-  for (Index at = static_cast<Index>(digits.size()) - 3; at > (n < 0 ? 1 : 0); at -= 3) digits.insert(static_cast<size_t>(at), ",");
+  for (Index at = static_cast<Index>(digits.size()) - 3; at > (n < 0 ? 1 : 0); at -= 3)
+    digits.insert(static_cast<size_t>(at), ",");
   return digits;
 }
 
@@ -92,7 +96,7 @@ std::string seconds_text(double s) {
   if (s < 0.0995) return fmt::format("{:.1f} ms", s * 1e3);
   if (s < 9.995) return fmt::format("{:.2f} s", s);
   if (s < 119.5) return fmt::format("{:.1f} s", s);
-  const auto whole = static_cast<Index>(s + 0.5);
+  const auto whole = static_cast<Index>(std::lround(s));
   return fmt::format("{} min {} s", whole / 60, whole % 60);
 }
 

@@ -40,9 +40,13 @@ void add_tokenize(CLI::App& app, Job& job) {
   CLI::App* command = app.add_subcommand("tokenize", "A text as the ids that a model reads");
   const auto options = std::make_shared<Options>();
   command->add_option("MODEL", options->model, "A GGUF file")->required();
-  command->add_option("--file", options->file, "The text, UTF-8, taken byte for byte; - is standard input")->required()->type_name("F");
-  command->add_flag("--special", options->special, "Control tokens such as <|im_start|> are matched; else they are plain text");
-  command->add_flag("--json", options->json, "Print {\"ids\":[…],\"bos\":…}: ids without BOS, and the BOS that the model adds, or null");
+  command->add_option("--file", options->file, "The text, UTF-8, taken byte for byte; - is standard input")
+      ->required()
+      ->type_name("F");
+  command->add_flag("--special", options->special,
+                    "Control tokens such as <|im_start|> are matched; else they are plain text");
+  command->add_flag("--json", options->json,
+                    "Print {\"ids\":[…],\"bos\":…}: ids without BOS, and the BOS that the model adds, or null");
   command->callback([&job, options] { job = [options] { tokenize(*options); }; });
   command->footer("Example:\n  echo -n 'In the beginning' | heed tokenize model.gguf --file -");
 }

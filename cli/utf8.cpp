@@ -12,7 +12,10 @@ unsigned byte_at(std::string_view s, size_t i) { return static_cast<unsigned cha
 int character(std::string_view s) {
   const unsigned first = byte_at(s, 0);
   if (first < 0x80) return 1;
-  const int length = first >= 0xc2 && first <= 0xdf ? 2 : (first & 0xf0u) == 0xe0 ? 3 : first >= 0xf0 && first <= 0xf4 ? 4 : 0;
+  const int length = first >= 0xc2 && first <= 0xdf   ? 2
+                     : (first & 0xf0u) == 0xe0        ? 3
+                     : first >= 0xf0 && first <= 0xf4 ? 4
+                                                      : 0;
   for (int i = 1; i < length; ++i) {
     if (static_cast<size_t>(i) >= s.size()) return -i;
     const unsigned c = byte_at(s, static_cast<size_t>(i));

@@ -16,7 +16,8 @@ using namespace heed::test;
 
 namespace {
 
-const std::vector<std::string> commands{"run", "compare", "list", "explain", "attend", "plan", "tokenize", "inspect", "bench"};
+const std::vector<std::string> commands{"run",  "compare",  "list",    "explain", "attend",
+                                        "plan", "tokenize", "inspect", "bench"};
 
 bool one_line(const std::string& text) { return text.rfind("heed: ", 0) == 0 && text.find('\n') == text.size() - 1; }
 
@@ -65,20 +66,33 @@ TEST_CASE("help and version") {
 
 TEST_CASE("a wrong command line is one line and exit code 2") {
   CHECK_REFUSED(heed_command({"forget"}), 2, "forget: no such command or option; heed --help lists them");
-  CHECK_REFUSED(heed_command({"list", "--fast"}), 2, "--fast: not an option or argument of heed list; heed list --help lists them");
-  CHECK_REFUSED(heed_command({"list", "--threads", "0"}), 2, "--threads: 0, expected an integer 1 … 4096; see heed list --help");
+  CHECK_REFUSED(heed_command({"list", "--fast"}), 2,
+                "--fast: not an option or argument of heed list; heed list --help lists them");
+  CHECK_REFUSED(heed_command({"list", "--threads", "0"}), 2,
+                "--threads: 0, expected an integer 1 … 4096; see heed list --help");
   CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "dense", "--dtype", "f64"}), 2,
                 "--dtype: f64, expected f32 or bf16; see heed attend --help");
   CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "moba:top_k=0"}), 2, "moba: top_k = 0, expected >= 1");
-  CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "moba", "--set", "top_k=0"}), 2, "moba: top_k = 0, expected >= 1");
-  CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "moba", "--set", "top_k"}), 2, "--set: top_k, expected parameter=value");
+  CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "moba", "--set", "top_k=0"}), 2,
+                "moba: top_k = 0, expected >= 1");
+  CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "moba", "--set", "top_k"}), 2,
+                "--set: top_k, expected parameter=value");
   CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "dense", "--grad"}), 2,
                 "attend: --grad: no backward pass yet, expected a call without --grad");
-  for (const std::vector<std::string>& arguments :
-       {std::vector<std::string>{"attend"}, {"attend", "a", "b"}, {"attend", "a", "b", "--mechanism", "nothing"}, {"bench"}, {"run"},
-        {"run", "m"}, {"compare", "m"}, {"list", "--json", "--markdown"}, {"explain", "nothing"}, {"--threads"},
-        {"compare", "m", "--file", "f", "--set", "a=b"}, {"compare", "m", "--file", "f", "--task", "sing"},
-        {"run", "m", "--prompt", "a", "--temp", "-1"}, {"run", "m", "--prompt", "a", "--top-p", "2"}}) {
+  for (const std::vector<std::string>& arguments : {std::vector<std::string>{"attend"},
+                                                    {"attend", "a", "b"},
+                                                    {"attend", "a", "b", "--mechanism", "nothing"},
+                                                    {"bench"},
+                                                    {"run"},
+                                                    {"run", "m"},
+                                                    {"compare", "m"},
+                                                    {"list", "--json", "--markdown"},
+                                                    {"explain", "nothing"},
+                                                    {"--threads"},
+                                                    {"compare", "m", "--file", "f", "--set", "a=b"},
+                                                    {"compare", "m", "--file", "f", "--task", "sing"},
+                                                    {"run", "m", "--prompt", "a", "--temp", "-1"},
+                                                    {"run", "m", "--prompt", "a", "--top-p", "2"}}) {
     const Finished f = heed_command(arguments);
     CHECK_MESSAGE(f.code == 2, arguments.front(), ": ", f.err);
     CHECK_MESSAGE(one_line(f.err), f.err);
@@ -94,7 +108,8 @@ TEST_CASE("list and explain know every mechanism") {
   const std::string table = heed_command({"list"}).out, markdown = heed_command({"list", "--markdown"}).out;
   for (size_t i = 0; i < list.size(); ++i) {
     const Mechanism& m = *mechanisms()[i];
-    for (const char* key : {"name", "title", "paper", "arxiv", "year", "kind", "training", "params"}) CHECK(list[i].contains(key));
+    for (const char* key : {"name", "title", "paper", "arxiv", "year", "kind", "training", "params"})
+      CHECK(list[i].contains(key));
     CHECK(list[i]["name"] == m.name);
     CHECK(list[i]["params"].size() == m.params.size());
     CHECK(table.find("\n" + m.name + " ") != std::string::npos);
@@ -116,9 +131,11 @@ TEST_CASE("attend writes what the definition says, and counts it") {
   };
   const Naive causal = naive_attention(c, dense_sees(c, true));
   for (const Example& e : {Example{{"--mechanism", "dense"}, "dense", naive_attention(c, dense_sees(c, false))},
-                           Example{{"--mechanism", "dense", "--causal", "--scale", "0.5"}, "dense",
+                           Example{{"--mechanism", "dense", "--causal", "--scale", "0.5"},
+                                   "dense",
                                    naive_attention(c, dense_sees(c, true), {.scale = 0.5})},
-                           Example{{"--mechanism", "streaming:sink=2", "--set", "window=9", "--threads", "1"}, "streaming",
+                           Example{{"--mechanism", "streaming:sink=2", "--set", "window=9", "--threads", "1"},
+                                   "streaming",
                                    naive_attention(c, streaming_sees(c, 2, 9))}}) {
     std::vector<std::string> arguments{"attend", folder / "in", folder / "out", "--json"};
     arguments.insert(arguments.end(), e.arguments.begin(), e.arguments.end());
@@ -131,9 +148,11 @@ TEST_CASE("attend writes what the definition says, and counts it") {
     CHECK(json["pairs"] == e.want.pairs);
     CHECK(json["flops"] == 2 * (24 + 40) * e.want.pairs);
     const Index all = e.arguments.size() == 2 ? 2 * 4 * 77 * 150 : causal.pairs;
-    CHECK(json["density"].get<double>() == doctest::Approx(static_cast<double>(e.want.pairs) / static_cast<double>(all)));
-    for (const char* key : {"params", "isa", "threads", "dtype", "shapes", "tiles_planned", "tiles_visited", "panels_visited", "pairs_computed",
-                            "flops_computed", "plan_s", "attend_s", "scratch_bytes"})
+    CHECK(json["density"].get<double>() ==
+          doctest::Approx(static_cast<double>(e.want.pairs) / static_cast<double>(all)));
+    for (const char* key :
+         {"params", "isa", "threads", "dtype", "shapes", "tiles_planned", "tiles_visited", "panels_visited",
+          "pairs_computed", "flops_computed", "plan_s", "attend_s", "scratch_bytes"})
       CHECK(json.contains(key));
     if (e.name == "streaming") {
       CHECK(json["params"]["window"] == 9);
@@ -149,7 +168,8 @@ TEST_CASE("plan draws a PNG and counts pairs") {
   const Folder folder;
   const Case c(awkward);
   write_case(folder / "in", c);
-  const Finished f = heed_command({"plan", folder / "in", "--mechanism", "streaming:sink=3,window=30", "--png", folder / "p.png", "--json", "--head", "3"});
+  const Finished f = heed_command({"plan", folder / "in", "--mechanism", "streaming:sink=3,window=30", "--png",
+                                   folder / "p.png", "--json", "--head", "3"});
   REQUIRE_MESSAGE(f.code == 0, f.err);
   CHECK(f.json()["pairs"] == naive_attention(c, streaming_sees(c, 3, 30)).pairs);
   CHECK(f.json()["dense_pairs"] == naive_attention(c, dense_sees(c, true)).pairs);
@@ -159,15 +179,17 @@ TEST_CASE("plan draws a PNG and counts pairs") {
   // 150 keys by 77 queries, each pixel a square of 5, in a frame.
   CHECK(big_endian(png, 16) == 150 * 5 + 2 * 25);
   CHECK(big_endian(png, 20) == 77 * 5 + 2 * 25);
-  CHECK_REFUSED(heed_command({"plan", folder / "in", "--mechanism", "dense", "--png", folder / "q.png", "--head", "4"}), 2,
-                "plan: --head = 4, expected 0 … 3");
+  CHECK_REFUSED(heed_command({"plan", folder / "in", "--mechanism", "dense", "--png", folder / "q.png", "--head", "4"}),
+                2, "plan: --head = 4, expected 0 … 3");
   CHECK(folder.names() == std::vector<std::string>{"in", "p.png"});
 }
 
 TEST_CASE("bad tensors are one line, exit code 1, and no output") {
   const Folder folder;
   Case c(awkward);
-  const auto attend = [&](const std::string& in) { return heed_command({"attend", folder / in, folder / "out", "--mechanism", "dense"}); };
+  const auto attend = [&](const std::string& in) {
+    return heed_command({"attend", folder / in, folder / "out", "--mechanism", "dense"});
+  };
   CHECK_REFUSED(attend("missing"), 1, (folder / "missing") + ": cannot be read: No such file or directory");
   write_file(folder / "text", "no tensors here, only words");
   write_file(folder / "empty", "");
@@ -180,7 +202,8 @@ TEST_CASE("bad tensors are one line, exit code 1, and no output") {
   CHECK(attend("lacking").code == 1);
   model::write_safetensors(folder / "shapes", {{"q", c.q.view()}, {"k", c.q.view()}, {"v", c.v.view()}});
   CHECK_REFUSED(attend("shapes"), 1, "v: shape = [2, 2, 150, 40], expected [2, 4, 77, Dv] as k = [2, 4, 77, 24] says");
-  model::write_safetensors(folder / "extra", {{"q", c.q.view()}, {"k", c.k.view()}, {"v", c.v.view()}, {"extra\nline", c.v.view()}});
+  model::write_safetensors(folder / "extra",
+                           {{"q", c.q.view()}, {"k", c.k.view()}, {"v", c.v.view()}, {"extra\nline", c.v.view()}});
   const Finished extra = attend("extra");
   CHECK(extra.code == 1);
   CHECK_MESSAGE(one_line(extra.err), extra.err);

@@ -16,7 +16,8 @@ using namespace heed::test;
 
 namespace {
 
-const std::string text = "In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void.\n";
+const std::string text =
+    "In the beginning God created the heaven and the earth.\nAnd the earth was without form, and void.\n";
 
 // A folder with a model, a document and what it says about it.
 struct Desk {
@@ -73,7 +74,8 @@ TEST_CASE("tokenize gives ids, from a file and from standard input") {
   REQUIRE_MESSAGE(f.code == 0, f.err);
   CHECK(f.json()["ids"] == ids_of(text));
   CHECK(f.json()["bos"].is_null());
-  const std::string odd = "\xef\xbb\xbf" "cab\r\n<|endoftext|>";
+  const std::string odd = "\xef\xbb\xbf"
+                          "cab\r\n<|endoftext|>";
   CHECK(desk.run({"tokenize", "--file", "-", "--json"}, {.in = odd}).json()["ids"] == ids_of(odd));
   const auto special = desk.run({"tokenize", "--file", "-", "--json", "--special"}, {.in = odd}).json()["ids"];
   CHECK(special.back() == 257);
@@ -112,7 +114,8 @@ TEST_CASE("run prints the logits of the reference") {
   const auto logits = desk.model.logits(ids_of(text)).back();
   std::vector<int> order(logits.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-  std::sort(order.begin(), order.end(), [&](int a, int b) { return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)]; });
+  std::sort(order.begin(), order.end(),
+            [&](int a, int b) { return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)]; });
 
   const Finished f = desk.run({"run", "--file", desk.document, "--logits", "4", "--json", "--dtype", "f32"});
   REQUIRE_MESSAGE(f.code == 0, f.err);
@@ -128,7 +131,9 @@ TEST_CASE("run prints the logits of the reference") {
   CHECK(both["ids"] == ids_of(text + "\nWhy?"));
   const auto cut = desk.run({"run", "--file", desk.document, "--tokens", "10", "--logits", "1", "--json"}).json();
   CHECK(cut["ids"] == ids_of(text.substr(0, 10)));
-  const auto cut_both = desk.run({"run", "--file", desk.document, "--tokens", "10", "--prompt", "Why?", "--logits", "1", "--json"}).json();
+  const auto cut_both =
+      desk.run({"run", "--file", desk.document, "--tokens", "10", "--prompt", "Why?", "--logits", "1", "--json"})
+          .json();
   CHECK(cut_both["ids"] == ids_of(text.substr(0, 10) + "\n\nWhy?"));
 }
 
@@ -142,7 +147,8 @@ TEST_CASE("run writes, the same for the same seed") {
   CHECK(a.err.find("decode: ") != std::string::npos);
   // What was written is UTF-8, although the tokens are single bytes: a JSON text would not hold it otherwise.
   CHECK_NOTHROW(static_cast<void>(nlohmann::json(a.out).dump()));
-  const std::vector<std::string> drawn{"run", "--prompt", "In the", "-n", "40", "--temp", "20", "--top-k", "50", "--seed"};
+  const std::vector<std::string> drawn{"run",    "--prompt", "In the",  "-n", "40",
+                                       "--temp", "20",       "--top-k", "50", "--seed"};
   const auto with_seed = [&](const char* seed) {
     std::vector<std::string> arguments = drawn;
     arguments.push_back(seed);
@@ -157,11 +163,15 @@ TEST_CASE("run refuses what it cannot do, before it loads") {
   const Desk desk(long_context);
   CHECK_REFUSED(desk.run({"run"}), 2, "run: nothing to read, expected --prompt or --file");
   CHECK_REFUSED(desk.run({"run", "--prompt", "a", "--json"}), 2, "run: --json, expected only with --logits");
-  CHECK_REFUSED(desk.run({"run", "--prompt", "a", "--ctx", "2000000"}), 1, "--ctx = 2000000, expected at most the model's context, 1048576");
-  CHECK_REFUSED(desk.run({"run", "--file", desk.document, "--tokens", "1000"}), 1,
-                desk.document + ": holds " + std::to_string(ids_of(text).size()) + " tokens, expected at least --tokens = 1000");
-  CHECK_REFUSED(desk.run({"run", "--prompt", "abc", "--ctx", "1"}), 1, "run: the prompt holds 2 tokens, expected at most the context, 1");
-  for (const std::vector<std::string>& arguments : {std::vector<std::string>{"--layers", "2"}, {"--layers", "1-0"}, {"--mechanism", "moba:block=0"}}) {
+  CHECK_REFUSED(desk.run({"run", "--prompt", "a", "--ctx", "2000000"}), 1,
+                "--ctx = 2000000, expected at most the model's context, 1048576");
+  CHECK_REFUSED(
+      desk.run({"run", "--file", desk.document, "--tokens", "1000"}), 1,
+      desk.document + ": holds " + std::to_string(ids_of(text).size()) + " tokens, expected at least --tokens = 1000");
+  CHECK_REFUSED(desk.run({"run", "--prompt", "abc", "--ctx", "1"}), 1,
+                "run: the prompt holds 2 tokens, expected at most the context, 1");
+  for (const std::vector<std::string>& arguments :
+       {std::vector<std::string>{"--layers", "2"}, {"--layers", "1-0"}, {"--mechanism", "moba:block=0"}}) {
     std::vector<std::string> all{"run", "--prompt", "a"};
     all.insert(all.end(), arguments.begin(), arguments.end());
     const Finished f = desk.run(all);
@@ -183,26 +193,30 @@ TEST_CASE("a job that needs more memory than there is does not start") {
 
 TEST_CASE("compare: perplexity of the reference, the schema, a table, a page") {
   const Desk desk;
-  const std::vector<std::string> base{"compare", "--file", desk.document, "--tokens", "90", "--dtype", "f32", "--mechanism", "dense",
-                                      "--mechanism", "moba:block=8,top_k=2"};
+  const std::vector<std::string> base{
+      "compare", "--file",      desk.document,         "--tokens", "90", "--dtype", "f32", "--mechanism",
+      "dense",   "--mechanism", "moba:block=8,top_k=2"};
   std::vector<std::string> arguments = base;
   arguments.insert(arguments.end(), {"--json", "-", "--html", desk.folder / "r.html", "--chunk", "32"});
   const Finished f = desk.run(arguments);
   REQUIRE_MESSAGE(f.code == 0, f.err);
   CHECK(f.err.empty());
   const auto json = f.json();
-  CHECK(keys_of(json) == std::vector<std::string>{"machine", "isa", "threads", "dtype", "model", "file", "tokens", "mechanisms"});
+  CHECK(keys_of(json) ==
+        std::vector<std::string>{"machine", "isa", "threads", "dtype", "model", "file", "tokens", "mechanisms"});
   REQUIRE(json["mechanisms"].size() == 2);
   for (const auto& row : json["mechanisms"]) {
-    CHECK(keys_of(row) == std::vector<std::string>{"name", "params", "tokens", "nll", "ppl", "prefill_s", "score_s", "tokens_per_s",
-                                                   "attention_s", "linear_s", "plan_s", "density", "peak_bytes", "tasks"});
+    CHECK(keys_of(row) == std::vector<std::string>{"name", "params", "tokens", "nll", "ppl", "prefill_s", "score_s",
+                                                   "tokens_per_s", "attention_s", "linear_s", "plan_s", "density",
+                                                   "peak_bytes", "tasks"});
     CHECK(keys_of(row["tasks"]) == std::vector<std::string>{"passkey", "copy"});
     CHECK(row["tokens"] == 90);
     CHECK(row["prefill_s"].get<double>() > 0);
   }
   std::vector<int> ids = ids_of(text);
   ids.resize(90);
-  CHECK(json["mechanisms"][0]["nll"].get<double>() == doctest::Approx(mean_nll(desk.model.logits(ids), ids)).epsilon(1e-4));
+  CHECK(json["mechanisms"][0]["nll"].get<double>() ==
+        doctest::Approx(mean_nll(desk.model.logits(ids), ids)).epsilon(1e-4));
   CHECK(json["mechanisms"][0]["density"] == 1.0);
   // Own block and one past block of 8, causal: counted by hand over the 90 queries.
   double pairs = 0, dense = 0;
@@ -213,7 +227,8 @@ TEST_CASE("compare: perplexity of the reference, the schema, a table, a page") {
   CHECK(page.find("moba:block=8,top_k=2") != std::string::npos);
   CHECK(page.find("data:image/png;base64,") != std::string::npos);
   CHECK(page.find("<svg") != std::string::npos);
-  for (const char* outside : {"<script", "src=\"http", "href=", "@import", "url("}) CHECK(page.find(outside) == std::string::npos);
+  for (const char* outside : {"<script", "src=\"http", "href=", "@import", "url("})
+    CHECK(page.find(outside) == std::string::npos);
 
   const Finished table = desk.run(base);
   CHECK(table.out.find("moba:block=8,top_k=2") != std::string::npos);
@@ -229,13 +244,15 @@ TEST_CASE("compare: tasks are asked of every mechanism") {
   std::string longer;
   for (int i = 0; i < 12; ++i) longer += text;
   write_file(desk.document, longer);
-  const Finished f = desk.run({"compare", "--file", desk.document, "--tokens", "64", "--task", "passkey,copy", "--passkey-length", "400", "--passkey-depths",
-                               "0,1", "--copy-gap", "100", "--seeds", "3,4", "--mechanism", "dense", "--json", "-"});
+  const Finished f = desk.run({"compare", "--file", desk.document, "--tokens", "64", "--task", "passkey,copy",
+                               "--passkey-length", "400", "--passkey-depths", "0,1", "--copy-gap", "100", "--seeds",
+                               "3,4", "--mechanism", "dense", "--json", "-"});
   REQUIRE_MESSAGE(f.code == 0, f.err);
   const auto row = f.json()["mechanisms"][0];
   CHECK(row["nll"].is_null());
   REQUIRE(row["tasks"]["passkey"].size() == 4);
-  CHECK(keys_of(row["tasks"]["passkey"][0]) == std::vector<std::string>{"length", "depth", "seed", "key", "answer", "found"});
+  CHECK(keys_of(row["tasks"]["passkey"][0]) ==
+        std::vector<std::string>{"length", "depth", "seed", "key", "answer", "found"});
   CHECK(row["tasks"]["passkey"][0]["key"].get<std::string>().size() == 5);
   CHECK(row["tasks"]["passkey"][3]["depth"] == 1.0);
   CHECK(row["tasks"]["passkey"][3]["seed"] == 4);
@@ -251,20 +268,23 @@ TEST_CASE("compare refuses what it cannot do and writes nothing") {
   };
   CHECK_REFUSED(compare({"--tokens", "513"}), 1, "--tokens = 513, expected at most the context, 512");
   CHECK(compare({"--tokens", "500"}).code == 1);
-  CHECK_REFUSED(compare({"--task", "passkey", "--passkey-length", "511"}), 1, "--passkey-length = 511, expected at most 504: the context is 512");
+  CHECK_REFUSED(compare({"--task", "passkey", "--passkey-length", "511"}), 1,
+                "--passkey-length = 511, expected at most 504: the context is 512");
   CHECK_REFUSED(compare({"--passkey-depths", "2"}), 2, "--passkey-depths: 2, expected a number 0 … 1");
   CHECK(compare({"--json", desk.folder / "no/r.json"}).code == 1);
   CHECK(compare({"--tokens", "90"}).code == 0);
   std::filesystem::remove(desk.folder / "r.html");
-  const Finished limited = desk.run({"compare", "--file", desk.document, "--html", desk.folder / "r.html"}, {.file_limit = 4096});
+  const Finished limited =
+      desk.run({"compare", "--file", desk.document, "--html", desk.folder / "r.html"}, {.file_limit = 4096});
   CHECK_REFUSED(limited, 1, (desk.folder / "r.html") + ": cannot be written: File too large");
   CHECK(desk.folder.names() == std::vector<std::string>{"text", "tiny.gguf"});
 }
 
 TEST_CASE("Ctrl-C ends generation cleanly") {
   const Desk desk(long_context);
-  const Finished f = desk.run({"run", "--prompt", "In the", "-n", "1000000", "--temp", "20", "--top-k", "200", "--dtype", "f32"},
-                              {.interrupt_with = SIGINT, .interrupt_when = [](const std::string& out) { return out.size() > 10; }});
+  const Finished f =
+      desk.run({"run", "--prompt", "In the", "-n", "1000000", "--temp", "20", "--top-k", "200", "--dtype", "f32"},
+               {.interrupt_with = SIGINT, .interrupt_when = [](const std::string& out) { return out.size() > 10; }});
   CHECK(f.code == 130);
   CHECK(f.out.back() == '\n');
   CHECK(f.err.find("decode: ") != std::string::npos);
@@ -276,7 +296,8 @@ TEST_CASE("Ctrl-C leaves no half file") {
   for (int i = 0; i < 3000; ++i) longer += text;
   write_file(desk.document, longer);
   const auto writing = [&](const std::string&) { return desk.folder.names().size() > 2; };
-  const Finished f = desk.run({"compare", "--file", desk.document, "--tokens", "200000", "--mechanism", "dense", "--json", desk.folder / "r.json"},
+  const Finished f = desk.run({"compare", "--file", desk.document, "--tokens", "200000", "--mechanism", "dense",
+                               "--json", desk.folder / "r.json"},
                               {.interrupt_with = SIGINT, .interrupt_when = writing});
   CHECK(f.code == 130);
   CHECK(f.err == "heed: interrupted\n");

@@ -46,8 +46,9 @@ std::vector<Example> examples(const Case& c) {
 }  // namespace
 
 TEST_CASE("pictures show exactly the pairs of the definition") {
-  for (const Sizes& size : {Sizes{.B = 1, .Hq = 1, .Hk = 1, .N = 1, .M = 1}, Sizes{.B = 2, .Hq = 4, .Hk = 2, .N = 130, .M = 130},
-                            Sizes{.B = 1, .Hq = 2, .Hk = 1, .N = 33, .M = 301}}) {
+  for (const Sizes& size :
+       {Sizes{.B = 1, .Hq = 1, .Hk = 1, .N = 1, .M = 1}, Sizes{.B = 2, .Hq = 4, .Hk = 2, .N = 130, .M = 130},
+        Sizes{.B = 1, .Hq = 2, .Hk = 1, .N = 33, .M = 301}}) {
     const Case c(size);
     for (const Example& e : examples(c)) {
       const Plan plan = plan_of(MechanismCall::parse(e.call), c.input(e.causal));
@@ -104,7 +105,8 @@ TEST_CASE("chunks of a document make the picture of the whole") {
     CHECK(grid.pairs() == want.pairs());
     CHECK(grid.dense_pairs() == 200 * 201 / 2);
     const Picture a = grid.picture(), b = want.picture();
-    for (size_t i = 0; i < a.share.size(); ++i) CHECK((a.share[i] == b.share[i] || (std::isnan(a.share[i]) && std::isnan(b.share[i]))));
+    for (size_t i = 0; i < a.share.size(); ++i)
+      CHECK((a.share[i] == b.share[i] || (std::isnan(a.share[i]) && std::isnan(b.share[i]))));
   }
 }
 
@@ -115,5 +117,6 @@ TEST_CASE("what lies outside is refused") {
   CHECK_FAILS(draw(plan, 0, 2, 8), Error, "picture: head = 2, expected 0 … 1");
   CHECK_FAILS(draw(plan, 0, 0, 0), Error, "picture: max_pixels = 0, expected >= 1");
   PairGrid small(10, 5, 20, 8);
-  CHECK_FAILS(small.add(plan, 0, 0), Error, "picture: queries at 10 … 19 and 20 keys, expected them inside 10 … 14 and 20");
+  CHECK_FAILS(small.add(plan, 0, 0), Error,
+              "picture: queries at 10 … 19 and 20 keys, expected them inside 10 … 14 and 20");
 }

@@ -7,8 +7,8 @@
 
 namespace heed {
 namespace {
-std::atomic<Index> total_bytes{0};
-}
+std::atomic<Index> peaks{0}, current_epoch{0};
+}  // namespace
 
 void Scratch::Free::operator()(void* p) const { std::free(p); }
 
@@ -23,12 +23,22 @@ void* Scratch::take_bytes(Index bytes) {
     void* memory = std::aligned_alloc(4096, static_cast<size_t>(size));
     if (memory == nullptr) throw std::bad_alloc();
     blocks_.push_back({std::unique_ptr<void, Free>(memory), size});
-    total_bytes += size;
     used_ = 0;
   }
   void* p = static_cast<std::byte*>(blocks_[block_].memory.get()) + used_;
   used_ += bytes;
+  note_use();
   return p;
+}
+
+void Scratch::note_use() {
+  Index in_use = used_;
+  for (size_t i = 0; i < block_; ++i) in_use += blocks_[i].bytes;
+  if (const Index epoch = current_epoch; epoch != epoch_) epoch_ = epoch, peak_ = 0;
+  if (in_use > peak_) {
+    peaks += in_use - peak_;
+    peak_ = in_use;
+  }
 }
 
 Index Scratch::capacity() const {
@@ -42,6 +52,11 @@ Scratch& thread_scratch() {
   return scratch;
 }
 
-Index scratch_bytes() { return total_bytes; }
+Index scratch_bytes() { return peaks; }
+
+void reset_scratch_peak() {
+  ++current_epoch;
+  peaks = 0;
+}
 
 }  // namespace heed

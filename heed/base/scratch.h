@@ -47,15 +47,20 @@ class Scratch {
   };
   void* take_bytes(Index bytes);
 
+  void note_use();
+
   std::vector<Block> blocks_;
   size_t block_ = 0;  // the block in use
   Index used_ = 0;    // bytes of it handed out
+  Index peak_ = 0;    // most bytes of all blocks in use at once, in the current epoch
+  Index epoch_ = 0;
 };
 
 /// The calling thread's own scratch.
 Scratch& thread_scratch();
 
-/// Bytes that the scratch of all threads together has grown to.
+/// The most bytes that every thread had in use at once since reset_scratch_peak(), summed over threads.
 Index scratch_bytes();
+void reset_scratch_peak();
 
 }  // namespace heed

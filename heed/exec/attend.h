@@ -12,7 +12,7 @@ struct AttendStats {
   Index panels_visited = 0;  // (row sub-block × 64-column panel) calls of the kernel
   Index pairs = 0;           // (query row, key) pairs attended, summed over heads
   Index pairs_computed = 0;  // pairs whose product was computed, masked ones included
-  Index scratch_bytes = 0;   // scratch held by all threads afterwards
+  Index scratch_bytes = 0;   // most scratch in use at once, all threads
   double plan_s = 0, attend_s = 0;  // wall seconds: deciding (emit included), and attending
 
   AttendStats& operator+=(const AttendStats& other);

@@ -16,10 +16,12 @@ template <class Run>
 void visible_runs(const Plan& plan, const RowBlock& rows, const Tile& tile, Index row_rank, Run run) {
   const Problem& p = plan.problem;
   const Source& source = plan.sources[static_cast<size_t>(tile.source)];
-  const SourceView& view = source.views[static_cast<size_t>(source.per_query_head ? rows.b * p.Hq + rows.head
-                                                                                  : rows.b * p.Hk + rows.kv_head)];
+  const SourceView& view =
+      source
+          .views[static_cast<size_t>(source.per_query_head ? rows.b * p.Hq + rows.head : rows.b * p.Hk + rows.kv_head)];
   const Set& columns = tile.columns;
-  const bool plain = view.position == nullptr && view.visible == nullptr && tile.mask.kind != Mask::Kind::bits && tile.gate < 0;
+  const bool plain =
+      view.position == nullptr && view.visible == nullptr && tile.mask.kind != Mask::Kind::bits && tile.gate < 0;
   if (!plain) {
     for (Index c = 0; c < columns.count; ++c) {
       if (!sees(plan, rows, tile, row_rank, c)) continue;
@@ -78,8 +80,8 @@ void PairGrid::add(const Plan& plan, Index b, Index head) {
   if (b < 0 || b >= p.B) fail("picture: batch = {}, expected 0 … {}", b, p.B - 1);
   if (head < 0 || head >= p.Hq) fail("picture: head = {}, expected 0 … {}", head, p.Hq - 1);
   if (p.position(0) < first_ || p.position(p.N - 1) >= first_ + rows_ || p.M > columns_)
-    fail("picture: queries at {} … {} and {} keys, expected them inside {} … {} and {}", p.position(0), p.position(p.N - 1), p.M,
-         first_, first_ + rows_ - 1, columns_);
+    fail("picture: queries at {} … {} and {} keys, expected them inside {} … {} and {}", p.position(0),
+         p.position(p.N - 1), p.M, first_, first_ + rows_ - 1, columns_);
   for (Index token = 0; token < p.N; ++token) {
     const Index position = p.position(token);
     add_interval(dense_, position - first_, 0, p.causal ? position + 1 : p.M);
@@ -116,12 +118,14 @@ Index PairGrid::dense_pairs() const {
 }
 
 Picture PairGrid::picture() const {
-  const std::vector<Index> got = attended_.totals(width_, height_, cell_), possible = dense_.totals(width_, height_, cell_);
+  const std::vector<Index> got = attended_.totals(width_, height_, cell_),
+                           possible = dense_.totals(width_, height_, cell_);
   Picture picture{.width = width_, .height = height_, .cell = cell_, .share = std::vector<float>(got.size())};
   for (size_t i = 0; i < got.size(); ++i)
     // More than all there is: queries that stand in several rows may meet a key twice.
-    picture.share[i] = possible[i] == 0 ? std::numeric_limits<float>::quiet_NaN()
-                                        : static_cast<float>(std::min(got[i], possible[i])) / static_cast<float>(possible[i]);
+    picture.share[i] = possible[i] == 0
+                           ? std::numeric_limits<float>::quiet_NaN()
+                           : static_cast<float>(std::min(got[i], possible[i])) / static_cast<float>(possible[i]);
   return picture;
 }
 

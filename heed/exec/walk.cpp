@@ -17,7 +17,8 @@ void walk_head(const Plan& plan, Index b, Index head, const TileVisitor& visit) 
     block.first = plan.cuts[cut], block.rows = plan.cuts[cut + 1] - plan.cuts[cut];
     block.position0 = p.position(0);
     if (!plan.row_tokens.empty())
-      block.tokens = plan.row_tokens[static_cast<size_t>(per_query ? b * p.Hq + head : b * p.Hk + block.kv_head)].data();
+      block.tokens =
+          plan.row_tokens[static_cast<size_t>(per_query ? b * p.Hq + head : b * p.Hk + block.kv_head)].data();
     const Scratch::Mark mark(scratch);
     Tiles tiles(scratch, reused);
     plan.emit(block, tiles);
@@ -35,8 +36,9 @@ void walk(const Plan& plan, const TileVisitor& visit) {
 bool sees(const Plan& plan, const RowBlock& rows, const Tile& tile, Index row_rank, Index column_rank) {
   const Source& source = plan.sources[static_cast<size_t>(tile.source)];
   const Problem& p = plan.problem;
-  const SourceView& view = source.views[static_cast<size_t>(source.per_query_head ? rows.b * p.Hq + rows.head
-                                                                                  : rows.b * p.Hk + rows.kv_head)];
+  const SourceView& view =
+      source
+          .views[static_cast<size_t>(source.per_query_head ? rows.b * p.Hq + rows.head : rows.b * p.Hk + rows.kv_head)];
   if (column_rank == tile.gate) return false;
   const Index column = tile.columns[column_rank];
   if (view.visible != nullptr && ((view.visible[column / 64] >> (column % 64)) & 1) == 0) return false;

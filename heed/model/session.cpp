@@ -254,6 +254,7 @@ Session::Session(const Model& model, const SessionOptions& asked) {
   if (model.arithmetic() == DType::f32) options.kv = DType::f32;
   check_layers(options.use, info);
   check_mechanism(find_mechanism(options.use.call.name));
+  reset_scratch_peak();  // what earlier sessions used is not this one's
   state_ = std::make_unique<State>(model, options, options.context);
 }
 

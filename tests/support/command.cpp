@@ -33,7 +33,8 @@ struct Pipe {
   }
 };
 
-[[noreturn]] void become_heed(const std::vector<std::string>& arguments, const CommandOptions& options, int in, int out, int err) {
+[[noreturn]] void become_heed(const std::vector<std::string>& arguments, const CommandOptions& options, int in, int out,
+                              int err) {
   ::dup2(in, 0), ::dup2(out, 1), ::dup2(err, 2);
   for (const char* name : {"HEED_ISA", "NO_COLOR"}) ::unsetenv(name);
   ::setenv("HEED_THREADS", "1", 1);  // small models, and other tests run beside this one
@@ -75,7 +76,7 @@ void collect(Pipe& out, Pipe& err, pid_t process, const CommandOptions& options,
 Finished heed_command(const std::vector<std::string>& arguments, const CommandOptions& options) {
   Pipe in, out, err;
   // A command that does not read its input must not end the test.
-  struct sigaction ignore {}, before {};
+  struct sigaction ignore{}, before{};
   ignore.sa_handler = SIG_IGN;
   ::sigaction(SIGPIPE, &ignore, &before);
   const pid_t process = ::fork();

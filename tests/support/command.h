@@ -31,10 +31,10 @@ Finished heed_command(const std::vector<std::string>& arguments, const CommandOp
 }  // namespace heed::test
 
 /// It failed with this exit code and exactly this one line.
-#define CHECK_REFUSED(finished, exit_code, line)       \
-  do {                                                 \
-    const heed::test::Finished& f_ = (finished);       \
-    CHECK(f_.code == (exit_code));                     \
+#define CHECK_REFUSED(finished, exit_code, line)          \
+  do {                                                    \
+    const heed::test::Finished& f_ = (finished);          \
+    CHECK(f_.code == (exit_code));                        \
     CHECK(f_.err == "heed: " + std::string(line) + "\n"); \
-    CHECK(f_.out.empty());                             \
+    CHECK(f_.out.empty());                                \
   } while (false)
