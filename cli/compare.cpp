@@ -69,6 +69,7 @@ class PictureBook {
 
   std::vector<PlanPicture> pictures() const {
     std::vector<PlanPicture> list;
+    list.reserve(pages_.size());
     for (const Page& p : pages_)
       list.push_back({p.row, p.layer, p.head, p.grid.picture(),
                       static_cast<double>(p.grid.pairs()) / static_cast<double>(p.grid.dense_pairs())});

@@ -39,9 +39,9 @@ Json value_json(const model::MetaValue& value) {
       [](const auto& x) -> Json {
         using T = std::decay_t<decltype(x)>;
         if constexpr (std::is_same_v<T, std::string>) return valid_utf8(x);
-        else if constexpr (std::is_arithmetic_v<T>) return x;
-        else if (x.size() > 64) return {{"array", x.size()}};
-        else return x;
+        else if constexpr (!std::is_arithmetic_v<T>)
+          if (x.size() > 64) return {{"array", x.size()}};
+        return x;
       },
       value);
 }

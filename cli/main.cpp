@@ -115,6 +115,7 @@ int run(int argc, char** argv) {
   set_color(shared.color);
   if (shared.threads > 0) set_threads(shared.threads);
   if (shared.verbose) say_machine();
+  kernels();  // a HEED_ISA that cannot be had is an error of every command
   if (job) job();
   else print(app.help());
   return 0;

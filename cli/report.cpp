@@ -79,8 +79,8 @@ std::string headline(const Comparison& c) {
     if (fastest == nullptr || r.prefill_s < fastest->prefill_s) fastest = &r;
     if (close(r) && (best == nullptr || r.prefill_s < best->prefill_s)) best = &r;
   }
-  const CompareRow& r = best != nullptr && *speedup(c, *best) > 1.02 ? *best : *fastest;
-  const double ratio = *speedup(c, r);
+  const CompareRow& r = best != nullptr && speedup(c, *best).value_or(0) > 1.02 ? *best : *fastest;
+  const double ratio = speedup(c, r).value_or(0);
   std::string text =
       ratio > 1.02
           ? fmt::format("{} reads {} tokens {:.2f} times as fast as dense attention", spoken(r.call),
@@ -175,13 +175,13 @@ std::string curves(const Comparison& c) {
   std::vector<Line> levels, losses;
   std::string legend = "<div class=\"legend\">";
   for (size_t i = 0; i < c.rows.size(); ++i) {
-    std::vector<double> y = binned(c.rows[i].nll_by_position), loss = y;
-    for (double& v : y) v = std::exp(v);
-    levels.push_back({i, std::move(y)});
+    const std::vector<double> nats = binned(c.rows[i].nll_by_position);
+    Line& level = levels.emplace_back(Line{i, nats});
+    for (double& y : level.y) y = std::exp(y);
     legend += fmt::format("<span>{}{}</span>", chip(i), escape_html(c.rows[i].call.text()));
     if (base.empty() || &c.rows[i] == dense) continue;
-    for (size_t b = 0; b < loss.size(); ++b) loss[b] -= base[b];
-    losses.push_back({i, std::move(loss)});
+    Line& loss = losses.emplace_back(Line{i, nats});
+    for (size_t b = 0; b < base.size(); ++b) loss.y[b] -= base[b];
   }
   legend += "</div>\n";
   const double end = static_cast<double>(c.tokens);
