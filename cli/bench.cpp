@@ -22,9 +22,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Best rate of several bursts on `n` threads: a shared machine only ever slows one down.
 template <class Burst>
@@ -74,10 +72,8 @@ double bandwidth(int n) {
 void write_json(const std::string& path, const Json& json) {
   if (path.empty()) return;
   const std::string text = json.dump(2) + "\n";
-  if (path == "-")
-    fmt::print("{}", text);
-  else
-    write_file(path, text);
+  if (path == "-") fmt::print("{}", text);
+  else write_file(path, text);
 }
 
 void bench_peak(const std::string& json_path) {
@@ -127,12 +123,14 @@ double error_of(const Plan& plan, const AttendInput& in, const float* o) {
         for (Index c = 0; c < tile.columns.count; ++c) {
           if (!sees(plan, block, tile, i, c)) continue;
           double s = 0;
-          for (Index f = 0; f < p.D; ++f) s += value(in.q, block.head, token, f) * value(in.k, block.kv_head, tile.columns[c], f);
+          for (Index f = 0; f < p.D; ++f)
+            s += value(in.q, block.head, token, f) * value(in.k, block.kv_head, tile.columns[c], f);
           const double w = std::exp(s * static_cast<double>(plan.rule.scale));
           auto& [weight, sum] = sums[{block.head, token}];
           sum.resize(static_cast<size_t>(p.Dv));
           weight += w;
-          for (Index e = 0; e < p.Dv; ++e) sum[static_cast<size_t>(e)] += w * value(in.v, block.kv_head, tile.columns[c], e);
+          for (Index e = 0; e < p.Dv; ++e)
+            sum[static_cast<size_t>(e)] += w * value(in.v, block.kv_head, tile.columns[c], e);
         }
       }
   });
@@ -148,20 +146,23 @@ double error_of(const Plan& plan, const AttendInput& in, const float* o) {
 
 void bench_attend(AttendCase c) {
   if (c.kv_heads == 0) c.kv_heads = c.heads;
-  if (c.mechanisms.empty()) c.mechanisms = {"dense", "streaming:sink=64,window=512", "moba:block=128,top_k=8", "power:block=128"};
+  if (c.mechanisms.empty())
+    c.mechanisms = {"dense", "streaming:sink=64,window=512", "moba:block=128,top_k=8", "power:block=128"};
   Random random(c.seed);
   const auto q = random_values(c.heads * c.length * c.head_size, random);
   const auto k = random_values(c.kv_heads * c.length * c.head_size, random);
   const auto v = random_values(c.kv_heads * c.length * c.head_size, random);
   Peaks peaks{peak_of(kernels().peak_f32, threads()), peak_of(kernels().peak_bf16, threads())};
   const bool quiet = c.json == "-";
-  Json json{{"isa", kernels().name}, {"threads", threads()}, {"length", c.length}, {"heads", c.heads}, {"kv_heads", c.kv_heads},
-            {"head_size", c.head_size}, {"causal", !c.full}, {"f32_peak", peaks.f32}, {"bf16_peak", peaks.bf16}};
+  Json json{{"isa", kernels().name}, {"threads", threads()},   {"length", c.length},
+            {"heads", c.heads},      {"kv_heads", c.kv_heads}, {"head_size", c.head_size},
+            {"causal", !c.full},     {"f32_peak", peaks.f32},  {"bf16_peak", peaks.bf16}};
   if (!quiet)
     fmt::print("{}, {} threads, N = {}, {} heads on {}, D = {}, {}; peaks: f32 {:.0f} GF/s, bf16 {:.0f} GF/s\n\n"
                "{:<34}{:>6}{:>10}{:>10}{:>9}{:>8}{:>9}{:>9}{:>10}{:>10}\n",
-               kernels().name, threads(), c.length, c.heads, c.kv_heads, c.head_size, c.full ? "full" : "causal", peaks.f32 * 1e-9,
-               peaks.bf16 * 1e-9, "", "", "best s", "median s", "GF/s", "% peak", "plan %", "density", "t/dense·ρ", "error");
+               kernels().name, threads(), c.length, c.heads, c.kv_heads, c.head_size, c.full ? "full" : "causal",
+               peaks.f32 * 1e-9, peaks.bf16 * 1e-9, "", "", "best s", "median s", "GF/s", "% peak", "plan %", "density",
+               "t/dense·ρ", "error");
 
   for (DType dtype : {DType::f32, DType::bf16}) {
     if (c.dtype != "both" && c.dtype != name_of(dtype)) continue;
@@ -195,14 +196,23 @@ void bench_attend(AttendCase c) {
       if (call.name == "dense") dense_s = seconds[0];
       const double excess = dense_s > 0 ? seconds[0] / (dense_s * density) : 0;
       if (!quiet)
-        fmt::print("{:<34}{:>6}{:>10.4f}{:>10.4f}{:>9.0f}{:>8.1f}{:>9.1f}{:>9.4f}{:>10}{:>10.1e}\n", text, name_of(dtype), seconds[0],
-                   seconds[seconds.size() / 2], rate * 1e-9, 100 * rate / peak, 100 * best.plan_s / seconds[0], density,
-                   excess > 0 ? fmt::format("{:.2f}", excess) : "-", error);
-      json["results"].push_back({{"mechanism", text}, {"dtype", name_of(dtype)}, {"best_s", seconds[0]},
-                                 {"median_s", seconds[seconds.size() / 2]}, {"plan_s", best.plan_s}, {"pack_s", pack_s},
-                                 {"flops_per_s", rate}, {"share_of_peak", rate / peak}, {"density", density},
-                                 {"time_over_dense_times_density", excess}, {"max_relative_error", error},
-                                 {"pairs", best.pairs}, {"pairs_computed", best.pairs_computed}, {"tiles_visited", best.tiles_visited}});
+        fmt::print("{:<34}{:>6}{:>10.4f}{:>10.4f}{:>9.0f}{:>8.1f}{:>9.1f}{:>9.4f}{:>10}{:>10.1e}\n", text,
+                   name_of(dtype), seconds[0], seconds[seconds.size() / 2], rate * 1e-9, 100 * rate / peak,
+                   100 * best.plan_s / seconds[0], density, excess > 0 ? fmt::format("{:.2f}", excess) : "-", error);
+      json["results"].push_back({{"mechanism", text},
+                                 {"dtype", name_of(dtype)},
+                                 {"best_s", seconds[0]},
+                                 {"median_s", seconds[seconds.size() / 2]},
+                                 {"plan_s", best.plan_s},
+                                 {"pack_s", pack_s},
+                                 {"flops_per_s", rate},
+                                 {"share_of_peak", rate / peak},
+                                 {"density", density},
+                                 {"time_over_dense_times_density", excess},
+                                 {"max_relative_error", error},
+                                 {"pairs", best.pairs},
+                                 {"pairs_computed", best.pairs_computed},
+                                 {"tiles_visited", best.tiles_visited}});
     }
   }
   write_json(c.json, json);
@@ -219,14 +229,21 @@ void add_bench(CLI::App& app, std::function<void()>& job) {
   peak->add_option("--json", *peak_json, "Write the figures as JSON to this file (- for standard output)");
   peak->callback([&job, peak_json] { job = [peak_json] { bench_peak(*peak_json); }; });
 
-  CLI::App* attend = bench->add_subcommand("attend", "Attention on random tensors: time, share of the peak, error against f64");
+  CLI::App* attend =
+      bench->add_subcommand("attend", "Attention on random tensors: time, share of the peak, error against f64");
   const auto c = std::make_shared<AttendCase>();
-  attend->add_option("--mechanism", c->mechanisms, "NAME[:p=v,…], may be given several times; dense first gives ratios")->take_all();
-  attend->add_option("--length", c->length, "Tokens N = M")->check(CLI::Range(Index{1}, Index{1} << 24))->capture_default_str();
+  attend->add_option("--mechanism", c->mechanisms, "NAME[:p=v,…], may be given several times; dense first gives ratios")
+      ->take_all();
+  attend->add_option("--length", c->length, "Tokens N = M")
+      ->check(CLI::Range(Index{1}, Index{1} << 24))
+      ->capture_default_str();
   attend->add_option("--heads", c->heads, "Query heads")->check(CLI::Range(1, 1024))->capture_default_str();
-  attend->add_option("--kv-heads", c->kv_heads, "Key heads (default: as many as query heads)")->check(CLI::Range(1, 1024));
+  attend->add_option("--kv-heads", c->kv_heads, "Key heads (default: as many as query heads)")
+      ->check(CLI::Range(1, 1024));
   attend->add_option("--head-size", c->head_size, "D")->check(CLI::Range(1, 512))->capture_default_str();
-  attend->add_option("--dtype", c->dtype, "f32, bf16 or both")->check(CLI::IsMember({"f32", "bf16", "both"}))->capture_default_str();
+  attend->add_option("--dtype", c->dtype, "f32, bf16 or both")
+      ->check(CLI::IsMember({"f32", "bf16", "both"}))
+      ->capture_default_str();
   attend->add_option("--repeat", c->repeat, "Timed runs")->check(CLI::Range(1, 1000))->capture_default_str();
   attend->add_option("--seed", c->seed, "Seed of the tensors")->capture_default_str();
   attend->add_flag("--full", c->full, "Not causal");
