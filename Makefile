@@ -25,7 +25,7 @@ MECHANISMS := dense streaming:sink=4,window=512 moba:block=64,top_k=8,sink=64 po
 FUZZERS := gguf safetensors tokenizer
 FUZZ_SECONDS ?= 60
 PREFIX ?= /usr/local
-SOURCES = $(shell find heed cli tests examples bench -name '*.h' -o -name '*.cpp')
+SOURCES = $(shell find $(wildcard heed cli tests examples bench) -name "*.h" -o -name "*.cpp")
 
 .PHONY: build
 build:
