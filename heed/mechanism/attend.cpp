@@ -151,6 +151,7 @@ Prepared prepare(const MechanismCall& call, const AttendInput& in) {
   inputs.scale_given = in.scale.has_value();
   inputs.q = Queries(in.q, in.arithmetic);
   inputs.kv = kv.get();
+  inputs.prompt = p.M;
   inputs.extra = in.extra;
   Plan plan = m.plan(params, inputs);
   plan.keep.push_back(kv);

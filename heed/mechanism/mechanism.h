@@ -37,6 +37,9 @@ struct Inputs {
   bool scale_given = false;  // by the caller; else it is D^-1/2
   Queries q;
   const KeyValues* kv = nullptr;  // heads = B · Hk
+  /// Tokens of the whole prompt of which these queries are a part (a chunk of it, or a step after it). M when the
+  /// call stands alone.
+  Index prompt = 0;
   std::map<std::string, TensorView, std::less<>> extra;
   /// nullptr when the caller did not give it.
   const TensorView* find(std::string_view name) const {

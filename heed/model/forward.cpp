@@ -100,6 +100,7 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   in.rule.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
   in.q = Queries({q, DType::f32, {1, info_.heads, n, d}, {n * query_width_, d, query_width_, 1}}, kv_);
   in.kv = &kv;
+  in.prompt = std::max(prompt, kv.size() - n);
   double plan_s = 0;
   const Plan plan = [&] {
     const Stopwatch planning(plan_s);

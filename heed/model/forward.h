@@ -58,6 +58,7 @@ class Forward {
   Index kv_bytes() const;
   Index activation_bytes() const;
 
+  Index prompt = 0;    // tokens of the prompt that is being read, or was
   SessionStats stats;  // times and counts since the owner reset them
   std::function<void(Index, const Plan&)> observer;
 
