@@ -14,16 +14,20 @@ struct Search {
   Index budget, query_stride, key_block, key_stride, window, sink;
   Representative representative;
   Index beam() const { return ceil_div(budget, key_block); }
-  // Keys that no sink and no window of the block's last query holds. A window is at least as long as a
-  // query block, so none of them is after any of its queries.
-  KeyBlocks range(const RowBlock& rows) const {
-    return {sink, std::max(sink, rows.position(rows.rows - 1) + 1 - window), key_block, key_stride};
-  }
+  // Keys that no sink and no window of a block's last query, at position `last`, holds. A window is at
+  // least as long as a query block, so none of them is after any of its queries.
+  KeyBlocks range(Index last) const { return {sink, std::max(sink, last + 1 - window), key_block, key_stride}; }
+};
+
+// A search that decode steps share (step 7): the position it was made at, and what it found.
+struct Searched {
+  Index at = 0;
+  Select found;
 };
 
 // A search of B blocks scores 2·budget·log2(B / beam) keys against query_block / query_stride queries.
 Plan plan_hip(const Params& p, const Inputs& in) {
-  const Index query_block = p.integer("query_block");
+  const Index query_block = p.integer("query_block"), refresh = p.integer("refresh");
   const std::string& speaker = p.text("representative");
   const Search search{.budget = p.integer("budget"),
                       .query_stride = p.integer("query_stride"),
@@ -38,6 +42,8 @@ Plan plan_hip(const Params& p, const Inputs& in) {
     fail_usage("hip: key_block = {}, expected at most budget = {}", search.key_block, search.budget);
   if (search.window < query_block)
     fail_usage("hip: window = {}, expected at least query_block = {}", search.window, query_block);
+  if (in.memory != nullptr && search.window < refresh)
+    fail_usage("hip: window = {}, expected at least refresh = {}", search.window, refresh);
 
   Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);  // every head searches for itself
   plan.cuts = {0};
@@ -53,27 +59,42 @@ Plan plan_hip(const Params& p, const Inputs& in) {
     return ceil_div(range.end - range.begin, search.key_block);
   };
   // Steps 3 and 4.
-  const Select select = select_once(plan, [=](const RowBlock& rows, Scratch& scratch) -> std::span<const std::int32_t> {
-    const KeyBlocks range = search.range(rows);
+  const auto find = [=](const RowBlock& rows, Scratch& scratch) -> std::span<const std::int32_t> {
+    const KeyBlocks range = search.range(rows.position(rows.rows - 1));
     if (blocks_in(range) <= search.beam()) return {};
     const SampledQueries sampled(queries, rows, search.query_stride, layout, scratch);
     return beam_search(blocks_in(range), search.beam(), search.representative, scratch,
                        [&](std::span<const std::int32_t> blocks, float* scores) {
                          sampled.score(keys, rows.b * heads + rows.kv_head, range, blocks, search.window, scores);
                        });
-  });
+  };
+
+  // Step 7. Decode steps use what one of them found until it is `refresh` steps old. The window then begins
+  // where it began for that step, so that no key falls between it and the range that was searched.
+  Index age = 0;  // steps since the search
+  Select select;
+  if (in.memory != nullptr && in.problem.N == 1) {
+    const Index now = in.problem.M - 1;
+    const auto* searched = std::any_cast<Searched>(in.memory);
+    if (searched == nullptr || now < searched->at || now - searched->at >= refresh)
+      *in.memory = Searched{now, select_once(plan, find)}, searched = std::any_cast<Searched>(in.memory);
+    age = now - searched->at, select = searched->found;
+  } else {
+    select = select_once(plan, find);
+  }
 
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
     const Set all = Set::range(0, rows.rows);
-    const KeyBlocks range = search.range(rows);
-    const Index blocks = blocks_in(range), last = rows.position(rows.rows - 1);
+    const Index last = rows.position(rows.rows - 1), window = search.window + age;
+    const KeyBlocks range = search.range(last - age);
+    const Index blocks = blocks_in(range);
     // Step 2: a short range is taken whole, which is dense attention.
     if (blocks <= search.beam()) {
       tiles.add(all, Set::range(0, last + 1), Mask::causal());
       return;
     }
     // Step 5. The window of query p is (p - window, p]; sinks and selected keys inside it count there.
-    const Mask before_window = Mask::band(-Mask::unbounded, -search.window);
+    const Mask before_window = Mask::band(-Mask::unbounded, -window);
     const std::span<const std::int32_t> chosen = select(rows, tiles.scratch());
     const Index cut_off = chosen.back() == blocks - 1 ? range.begin + blocks * search.key_block - range.end : 0;
     tiles.add(all, Set::range(0, search.sink), before_window);
@@ -81,8 +102,7 @@ Plan plan_hip(const Params& p, const Inputs& in) {
               Set{search.sink, static_cast<Index>(chosen.size()) * search.key_block - cut_off, chosen.data(),
                   search.key_block},
               before_window);
-    tiles.add(all, Set::range(std::max<Index>(0, rows.position(0) - search.window + 1), last + 1),
-              Mask::band(-search.window + 1, 0));
+    tiles.add(all, Set::range(std::max<Index>(0, rows.position(0) - window + 1), last + 1), Mask::band(-window + 1, 0));
   };
   return plan;
 }
@@ -119,8 +139,8 @@ const Mechanism& hip() {
                  integer("key_stride", 1, 1, "of those, every how many-th is scored"),
                  integer("window", 256, 1, "latest tokens that a query sees, its own included; at least query_block"),
                  integer("sink", 16, 0, "first tokens that every query sees"),
-                 choice("representative", "centre", {"centre", "first", "last"},
-                        "the block that speaks for a stretch")},
+                 choice("representative", "centre", {"centre", "first", "last"}, "the block that speaks for a stretch"),
+                 integer("refresh", 8, 1, "decode steps that share one search; at most window")},
       .extras = {},
       .not_on_models = "",
       .plan = plan_hip,

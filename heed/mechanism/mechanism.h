@@ -1,6 +1,7 @@
 // What every mechanism says of itself, and how it makes its plan.
 #pragma once
 
+#include <any>
 #include <functional>
 #include <map>
 #include <optional>
@@ -40,6 +41,9 @@ struct Inputs {
   /// Tokens of the whole prompt of which these queries are a part (a chunk of it, or a step after it). M when the
   /// call stands alone.
   Index prompt = 0;
+  /// What the mechanism chose to remember of this layer of this sequence: empty at first and after tokens were
+  /// taken back, nullptr when the call stands alone.
+  std::any* memory = nullptr;
   std::map<std::string, TensorView, std::less<>> extra;
   /// nullptr when the caller did not give it.
   const TensorView* find(std::string_view name) const {

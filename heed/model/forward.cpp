@@ -31,11 +31,18 @@ Forward::Forward(const Model& model, DType kv, Index context)
       ffn_width_(padded(info_.ffn)), global_(info_.head_size, info_.rope_base, w_.rope_pairs),
       local_(info_.head_size, info_.rope_base_local, w_.rope_pairs) {
   keys_.reserve(static_cast<size_t>(info_.layers));
+  memories_.resize(static_cast<size_t>(info_.layers));
   for (Index i = 0; i < info_.layers; ++i)
     keys_.emplace_back(info_.kv_heads, info_.head_size, info_.head_size, context, kv);
 }
 
+void Forward::begin_prompt(Index size) {
+  for (std::any& memory : memories_) memory.reset();
+  prompt_ = size;
+}
+
 void Forward::truncate(Index size) {
+  for (std::any& memory : memories_) memory.reset();
   for (KeyValues& kv : keys_)
     if (kv.size() > size) kv.truncate(size);
 }
@@ -100,7 +107,8 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   in.rule.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
   in.q = Queries({q, DType::f32, {1, info_.heads, n, d}, {n * query_width_, d, query_width_, 1}}, kv_);
   in.kv = &kv;
-  in.prompt = std::max(prompt, kv.size() - n);
+  in.memory = &memories_[static_cast<size_t>(layer)];
+  in.prompt = std::max(prompt_, kv.size() - n);
   double plan_s = 0;
   const Plan plan = [&] {
     const Stopwatch planning(plan_s);

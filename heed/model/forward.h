@@ -39,6 +39,8 @@ class Forward {
   Index query_width() const { return query_width_; }
   Index size() const { return keys_.front().size(); }
   void truncate(Index size);
+  /// Tells mechanisms that a prompt is about to be read, and how many tokens the cache will hold after it.
+  void begin_prompt(Index size);
 
   /// Residual streams of `n` tokens: x [n, width()].
   void embed(const Token* tokens, Index n, float* x);
@@ -58,7 +60,6 @@ class Forward {
   Index kv_bytes() const;
   Index activation_bytes() const;
 
-  Index prompt = 0;    // tokens of the prompt that is being read, or was
   SessionStats stats;  // times and counts since the owner reset them
   std::function<void(Index, const Plan&)> observer;
 
@@ -71,9 +72,11 @@ class Forward {
   const Model::Weights& w_;
   const ModelInfo& info_;
   DType kv_;
+  Index prompt_ = 0;  // tokens of the prompt that is being read, or was
   Index context_, width_, query_width_, kv_width_, ffn_width_;
   Rope global_, local_;
-  std::vector<KeyValues> keys_;  // per layer
+  std::vector<KeyValues> keys_;      // per layer
+  std::vector<std::any> memories_;   // per layer: what its mechanism remembers of the tokens held
   Activations activations_;
   Buffer<float> k_, v_, projected_, gate_, up_, lanes_, logits_;
 };

@@ -102,7 +102,7 @@ void Session::State::feed(const std::vector<Token>& tokens, Phase phase, bool ke
     hidden.reach(n * forward.width());
     hidden_tokens = tokens;
   }
-  if (phase == Phase::prefill) forward.prompt = before + n;
+  if (phase == Phase::prefill) forward.begin_prompt(before + n);
   const Stopwatch watch(total_s);
   try {
     if (by_layers) {
