@@ -15,6 +15,7 @@ void add_compare(CLI::App& app, Job& job);
 void add_list(CLI::App& app, Job& job);
 void add_explain(CLI::App& app, Job& job);
 void add_attend(CLI::App& app, Job& job);
+void add_calibrate(CLI::App& app, Job& job);
 void add_plan(CLI::App& app, Job& job);
 void add_tokenize(CLI::App& app, Job& job);
 void add_inspect(CLI::App& app, Job& job);

@@ -129,7 +129,7 @@ void compare_models(const Options& options) {
   const std::vector<MechanismCall> calls = options.model.mechanism.calls(usual);
 
   const OpenedModel opened(options.model);
-  for (const MechanismCall& call : calls) o.uses.push_back(options.model.use(call, opened.info()));
+  o.uses = options.model.uses(calls, opened.info());
   const std::string document = read_file(options.model.file);
   const std::vector<Token> tokens = opened.read(document);
   const Index count = static_cast<Index>(tokens.size());

@@ -101,6 +101,7 @@ int run(int argc, char** argv) {
   add_explain(app, job);
   add_attend(app, job);
   add_plan(app, job);
+  add_calibrate(app, job);
   add_tokenize(app, job);
   add_inspect(app, job);
   add_bench(app, job);

@@ -1,7 +1,10 @@
 #include "cli/models.h"
 
+#include <algorithm>
+
 #include "cli/terminal.h"
 #include "heed/base/error.h"
+#include "heed/model/calibration.h"
 #include "heed/model/weights.h"
 
 namespace heed::cli {
@@ -22,6 +25,11 @@ void ModelOptions::add(CLI::App& command, bool several_mechanisms, const std::st
       ->check(one_of({"prefill", "decode", "both"}))
       ->type_name("P")
       ->capture_default_str();
+  command
+      .add_option("--calibration", calibrations,
+                  "What a mechanism learned from a text (heed calibrate wrote it); may be repeated")
+      ->take_all()
+      ->type_name("F");
   command.add_option("--chunk", chunk, "Tokens per step of the prefill")
       ->check(whole_number(1))
       ->type_name("N")
@@ -39,14 +47,27 @@ void ModelOptions::add(CLI::App& command, bool several_mechanisms, const std::st
       ->capture_default_str();
 }
 
-model::MechanismUse ModelOptions::use(const MechanismCall& call, const model::ModelInfo& info) const {
-  model::MechanismUse use;
-  use.call = call;
-  if (!layers.empty()) use.layers = model::parse_layers(layers, info);
-  use.phase = phase == "prefill"  ? model::Phase::prefill
-              : phase == "decode" ? model::Phase::decode
-                                  : model::Phase::both;
-  return use;
+std::vector<model::MechanismUse> ModelOptions::uses(const std::vector<MechanismCall>& calls,
+                                                    const model::ModelInfo& info) const {
+  std::vector<std::shared_ptr<const model::Calibration>> learned;
+  for (const std::string& name : calibrations) {
+    learned.push_back(std::make_shared<const model::Calibration>(model::read_calibration(name)));
+    const std::string& owner = learned.back()->mechanism;
+    if (std::none_of(calls.begin(), calls.end(), [&](const MechanismCall& call) { return call.name == owner; }))
+      fail_usage("--calibration: {} was made for {}, expected one for {}", name, owner, calls.front().name);
+  }
+  std::vector<model::MechanismUse> list;
+  for (const MechanismCall& call : calls) {
+    model::MechanismUse& use = list.emplace_back();
+    use.call = call;
+    if (!layers.empty()) use.layers = model::parse_layers(layers, info);
+    use.phase = phase == "prefill"  ? model::Phase::prefill
+                : phase == "decode" ? model::Phase::decode
+                                    : model::Phase::both;
+    for (const auto& calibration : learned)
+      if (calibration->mechanism == call.name) use.calibration = calibration;
+  }
+  return list;
 }
 
 OpenedModel::OpenedModel(const ModelOptions& options)

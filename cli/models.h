@@ -15,10 +15,12 @@ namespace heed::cli {
 struct ModelOptions {
   std::string path, file, layers, phase = "both", kv = "bf16", dtype = "bf16";
   Index tokens = 0, context = 0, chunk = 512;  // 0: not said
+  std::vector<std::string> calibrations;
   MechanismOptions mechanism;
 
   void add(CLI::App& command, bool several_mechanisms, const std::string& mechanism_help);
-  model::MechanismUse use(const MechanismCall& call, const model::ModelInfo& info) const;
+  /// Where and how each call applies. Throws UsageError for a calibration that was made for none of them.
+  std::vector<model::MechanismUse> uses(const std::vector<MechanismCall>& calls, const model::ModelInfo& info) const;
 };
 
 /// A model file that was opened but not loaded: enough to tokenize and to tell what it would take.

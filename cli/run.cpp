@@ -121,7 +121,7 @@ void run_model(const Options& options) {
     fail("run: the prompt holds {} tokens, expected at most the context, {}", length, opened.context());
   const Index context =
       options.model.context > 0 ? options.model.context : std::min(opened.context(), length + options.count);
-  const model::MechanismUse use = options.model.use(call, opened.info());
+  const model::MechanismUse use = options.model.uses({call}, opened.info()).front();
   const auto loaded = opened.load(context, 0);
   model::Session session(
       *loaded, {.use = use, .context = context, .chunk = options.model.chunk, .kv = dtype_named(options.model.kv)});

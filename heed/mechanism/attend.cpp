@@ -24,7 +24,8 @@ void check_finite(const TensorView& x, const std::string& name, bool allow_minus
     std::vector<float> row(static_cast<size_t>(inner));
     for (Index i = unit * 256; i < std::min(outer, (unit + 1) * 256); ++i) {
       const Index a = i / shape[2] / shape[1], b = i / shape[2] % shape[1], c = i % shape[2];
-      const auto* p = static_cast<const std::byte*>(x.data) + (a * stride[0] + b * stride[1] + c * stride[2]) * size_of(x.dtype);
+      const auto* p =
+          static_cast<const std::byte*>(x.data) + (a * stride[0] + b * stride[1] + c * stride[2]) * size_of(x.dtype);
       read_f32(p, x.dtype, stride[3], inner, row.data());
       for (float v : row)
         if (!std::isfinite(v) && !(allow_minus_infinity && std::isinf(v) && v < 0))
@@ -51,9 +52,11 @@ Problem check_tensors(const AttendInput& in) {
   };
   positive(in.q, "q"), positive(in.k, "k"), positive(in.v, "v");
   if (in.k.shape != Shape{p.B, p.Hk, p.M, p.D})
-    fail("k: shape = {}, expected [{}, Hk, M, {}] as q = {} says", to_string(in.k.shape), p.B, p.D, to_string(in.q.shape));
+    fail("k: shape = {}, expected [{}, Hk, M, {}] as q = {} says", to_string(in.k.shape), p.B, p.D,
+         to_string(in.q.shape));
   if (in.v.shape != Shape{p.B, p.Hk, p.M, p.Dv})
-    fail("v: shape = {}, expected [{}, {}, {}, Dv] as k = {} says", to_string(in.v.shape), p.B, p.Hk, p.M, to_string(in.k.shape));
+    fail("v: shape = {}, expected [{}, {}, {}, Dv] as k = {} says", to_string(in.v.shape), p.B, p.Hk, p.M,
+         to_string(in.k.shape));
   if (p.Hq % p.Hk != 0) fail("q: {} heads, expected a multiple of the {} heads of k", p.Hq, p.Hk);
   constexpr Index most = 512;
   if (p.D > most) fail("q: head size {}, expected 1 … {}", p.D, most);
@@ -83,11 +86,16 @@ bool axis_matches(const std::string& axis, Index extent, const Problem& p) {
   return false;
 }
 
-void check_extras(const Mechanism& m, const AttendInput& in, const Problem& p) {
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
+void check_extras(const Mechanism& m, const std::map<std::string, TensorView, std::less<>>& extra, const Problem& p) {
   std::vector<std::string> known;
   for (const ExtraSpec& e : m.extras) known.push_back(e.name);
-  for (const auto& [name, x] : in.extra) {
-    const auto spec = std::find_if(m.extras.begin(), m.extras.end(), [&, n = name](const ExtraSpec& e) { return e.name == n; });
+  for (const auto& [name, x] : extra) {
+    const auto spec =
+        std::find_if(m.extras.begin(), m.extras.end(), [&, n = name](const ExtraSpec& e) { return e.name == n; });
     if (spec == m.extras.end()) {
       if (known.empty()) fail("{}: tensor {} is not one it reads, expected no extra tensors", m.name, name);
       fail("{}: tensor {} is not one it reads, expected {}", m.name, name, fmt::join(known, ", "));
@@ -98,47 +106,40 @@ void check_extras(const Mechanism& m, const AttendInput& in, const Problem& p) {
       fail("{}: dtype = {}, expected {}", name, name_of(x.dtype), fmt::join(names, " or "));
     }
     bool matches = x.rank() == static_cast<Index>(spec->axes.size());
-    for (size_t axis = 0; matches && axis < spec->axes.size(); ++axis) matches = axis_matches(spec->axes[axis], x.shape[axis], p);
+    for (size_t axis = 0; matches && axis < spec->axes.size(); ++axis)
+      matches = axis_matches(spec->axes[axis], x.shape[axis], p);
     if (!matches) fail("{}: shape = {}, expected [{}]", name, to_string(x.shape), fmt::join(spec->axes, ", "));
     check_finite(x, name, name == "bias");
   }
   for (const ExtraSpec& e : m.extras)
-    if (e.required && in.extra.find(e.name) == in.extra.end())
+    if (e.required && extra.find(e.name) == extra.end())
       fail("{}: tensor {} is missing, expected {}", m.name, e.name, e.help);
 }
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-}  // namespace
-
 bool resolve_causality(const Mechanism& m, bool asked) {
-  if (m.causality == Causality::refused && asked) fail_usage("{}: causal = true, expected false: it is not causal by definition", m.name);
+  if (m.causality == Causality::refused && asked)
+    fail_usage("{}: causal = true, expected false: it is not causal by definition", m.name);
   return m.causality == Causality::implied || asked;
 }
 
-namespace {
+Plan CheckedCall::plan() const {
+  Plan made = mechanism.plan(params, inputs);
+  made.keep.push_back(kv);
+  return made;
+}
 
-// A mechanism's plan with the checked inputs that it was made from.
-struct Prepared {
-  const Mechanism& mechanism;
-  Params params;
-  Inputs inputs;
-  Plan plan;
-};
-
-Prepared prepare(const MechanismCall& call, const AttendInput& in) {
+CheckedCall check(const MechanismCall& call, const AttendInput& in) {
   const Mechanism& m = find_mechanism(call.name);
   Params params(m.name, m.params, call.params);
   Problem p = check_tensors(in);
   p.causal = resolve_causality(m, in.causal);
   if (p.causal && p.N > p.M) fail("q: {} queries, expected at most the {} keys when causal", p.N, p.M);
-  if (m.square && p.N != p.M) fail("{}: {} queries and {} keys, expected as many of one as of the other", m.name, p.N, p.M);
+  if (m.square && p.N != p.M)
+    fail("{}: {} queries and {} keys, expected as many of one as of the other", m.name, p.N, p.M);
   if (in.arithmetic != DType::f32 && in.arithmetic != DType::bf16)
     fail_usage("dtype = {}, expected f32 or bf16", name_of(in.arithmetic));
   check_finite(in.q, "q", false), check_finite(in.k, "k", false), check_finite(in.v, "v", false);
-  check_extras(m, in, p);
+  check_extras(m, in.extra, p);
   const float scale = in.scale.value_or(1.0f / std::sqrt(static_cast<float>(p.D)));
   if (!std::isfinite(scale)) fail_usage("scale = {}, expected a finite number", scale);
 
@@ -153,20 +154,30 @@ Prepared prepare(const MechanismCall& call, const AttendInput& in) {
   inputs.kv = kv.get();
   inputs.prompt = p.M;
   inputs.extra = in.extra;
-  Plan plan = m.plan(params, inputs);
-  plan.keep.push_back(kv);
-  return {m, std::move(params), std::move(inputs), std::move(plan)};
+  return {m, std::move(params), kv, std::move(inputs)};
 }
 
-}  // namespace
+Plan plan_of(const MechanismCall& call, const AttendInput& in) { return check(call, in).plan(); }
 
-Plan plan_of(const MechanismCall& call, const AttendInput& in) { return prepare(call, in).plan; }
+void check_calibrates(const Mechanism& m) {
+  std::vector<std::string> able;
+  for (const Mechanism* other : mechanisms())
+    if (other->calibrate != nullptr) able.push_back(other->name);
+  if (m.calibrate == nullptr)
+    fail_usage("{} learns nothing from a text, expected one of {}", m.name, fmt::join(able, ", "));
+}
+
+NamedTensors calibrate(const MechanismCall& call, const AttendInput& in) {
+  check_calibrates(find_mechanism(call.name));
+  const CheckedCall checked = check(call, in);
+  return checked.mechanism.calibrate(checked.params, checked.inputs);
+}
 
 AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
   const double start = now();
-  const Prepared prepared = prepare(call, in);
+  const CheckedCall checked = check(call, in);
+  const Plan plan = checked.plan();
   const double planned = now() - start;
-  const Plan& plan = prepared.plan;
   const Problem& p = plan.problem;
   const Index rows = plan.rows_per_head();
   AttendOutput out;
@@ -175,8 +186,8 @@ AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
   const AttendTarget target{out.o.as<float>(), p.Hq * rows * p.Dv, rows * p.Dv, p.Dv, out.lse.as<float>()};
   out.stats = heed::attend(plan, target);
   out.stats.plan_s += planned;
-  out.density = static_cast<double>(out.stats.pairs) / static_cast<double>(dense_pairs(prepared.inputs.problem));
-  if (prepared.mechanism.finish != nullptr) prepared.mechanism.finish(prepared.params, prepared.inputs, plan, out);
+  out.density = static_cast<double>(out.stats.pairs) / static_cast<double>(dense_pairs(checked.inputs.problem));
+  if (checked.mechanism.finish != nullptr) checked.mechanism.finish(checked.params, checked.inputs, plan, out);
   return out;
 }
 

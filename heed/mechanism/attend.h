@@ -23,8 +23,29 @@ AttendOutput attend(const MechanismCall& call, const AttendInput& in);
 /// As above with the call as text: attend("moba:block=64,top_k=8", in).
 AttendOutput attend(std::string_view call, const AttendInput& in);
 
+/// A call whose input was checked, with its keys and values packed: what plans are made from.
+struct CheckedCall {
+  const Mechanism& mechanism;
+  Params params;
+  std::shared_ptr<KeyValues> kv;
+  Inputs inputs;
+  Plan plan() const;
+};
+/// Throws as attend() does.
+CheckedCall check(const MechanismCall& call, const AttendInput& in);
+
 /// The plan alone, with what it points to kept alive by Plan::keep: for pictures and analysis.
 Plan plan_of(const MechanismCall& call, const AttendInput& in);
+
+/// What a mechanism learns from these tensors: Mechanism::calibrate with its input checked. Throws UsageError for a
+/// mechanism that learns nothing this way, else as attend().
+NamedTensors calibrate(const MechanismCall& call, const AttendInput& in);
+/// UsageError for a mechanism that learns nothing from a text, listing those that do.
+void check_calibrates(const Mechanism& m);
+
+/// Throws Error for an extra tensor that the mechanism does not read, of another type or shape than it says, or
+/// that holds NaN or infinity, and for a required one that is missing.
+void check_extras(const Mechanism& m, const std::map<std::string, TensorView, std::less<>>& extra, const Problem& p);
 
 /// The rule that a mechanism is causal by: `causal` checked against what it allows.
 bool resolve_causality(const Mechanism& m, bool asked);

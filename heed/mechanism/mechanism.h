@@ -52,10 +52,15 @@ struct Inputs {
   }
 };
 
+/// Tensors of one layer, by name.
+using NamedTensors = std::map<std::string, Tensor, std::less<>>;
+/// Parameters as the command line spells them.
+using ParamTexts = std::vector<std::pair<std::string, std::string>>;
+
 struct AttendOutput {
   Tensor o;    // [B, Hq, N, Dv] f32
   Tensor lse;  // [B, Hq, N] f32; empty for mechanisms that have none
-  std::map<std::string, Tensor> extra;
+  NamedTensors extra;
   AttendStats stats;
   double density = 0;  // pairs attended / pairs of dense attention with the same causality
 };
@@ -78,6 +83,11 @@ struct Mechanism {
   /// What is left to do after the plan was carried out (a mean over clusters, a transposition, an
   /// extra output), or null. `out` holds o [B, Hq, R, Dv] and lse [B, Hq, R] of the plan's own problem.
   void (*finish)(const Params& params, const Inputs& in, const Plan& plan, AttendOutput& out) = nullptr;
+  /// What it learns from one layer's queries, keys and values over a calibration text (M = N): tensors to be given
+  /// back as extra tensors, and others for the record. null: there is nothing to learn.
+  NamedTensors (*calibrate)(const Params& params, const Inputs& in) = nullptr;
+  /// Parameters that the tensors of all layers decide together, or null.
+  ParamTexts (*settle)(const Params& params, const std::vector<NamedTensors>& layers) = nullptr;
 };
 
 /// Every mechanism, in the order of the documentation.

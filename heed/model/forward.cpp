@@ -22,8 +22,15 @@ Index padded(Index n) { return round_up(n, 16); }
 
 }  // namespace
 
-Chosen::Chosen(const MechanismCall& call)
-    : mechanism(&find_mechanism(call.name)), params(mechanism->name, mechanism->params, call.params) {}
+Chosen::Chosen(const MechanismCall& call, const Calibration* calibration)
+    : mechanism(&find_mechanism(call.name)),
+      params(mechanism->name, mechanism->params, (calibration == nullptr ? call : calibration->complete(call)).params) {
+  if (calibration == nullptr) return;
+  for (const auto& [layer, tensors] : calibration->layers)
+    for (const ExtraSpec& spec : mechanism->extras)  // a file may hold more than the mechanism reads: a record
+      if (const auto tensor = tensors.find(spec.name); tensor != tensors.end())
+        extra[layer].emplace(spec.name, tensor->second.view());
+}
 
 Forward::Forward(const Model& model, DType kv, Index context)
     : w_(model.weights()), info_(model.info()), kv_(kv), context_(context), width_(padded(info_.width)),
@@ -109,6 +116,8 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   in.kv = &kv;
   in.memory = &memories_[static_cast<size_t>(layer)];
   in.prompt = std::max(prompt_, kv.size() - n);
+  if (const auto extra = how.extra.find(layer); extra != how.extra.end()) in.extra = extra->second;
+  if (inputs_observer) inputs_observer(layer, in);
   double plan_s = 0;
   const Plan plan = [&] {
     const Stopwatch planning(plan_s);

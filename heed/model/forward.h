@@ -4,6 +4,7 @@
 #include <chrono>
 #include <vector>
 
+#include "heed/model/calibration.h"
 #include "heed/model/weights.h"
 
 namespace heed::model {
@@ -22,11 +23,12 @@ class Stopwatch {
   clock::time_point start_;
 };
 
-/// A mechanism with its parameters checked.
+/// A mechanism with its parameters checked, and what it learned of each layer.
 struct Chosen {
   const Mechanism* mechanism;
   Params params;
-  explicit Chosen(const MechanismCall& call);
+  std::map<Index, std::map<std::string, TensorView, std::less<>>> extra;  // by layer
+  explicit Chosen(const MechanismCall& call, const Calibration* calibration = nullptr);
 };
 
 /// A model's arithmetic for rows of tokens that stand one after the other, with its KV cache.
@@ -62,6 +64,7 @@ class Forward {
 
   SessionStats stats;  // times and counts since the owner reset them
   std::function<void(Index, const Plan&)> observer;
+  std::function<void(Index, const Inputs&)> inputs_observer;
 
  private:
   void norm(const float* x, const std::vector<float>& weight, float* out) const;

@@ -60,6 +60,8 @@ Index available_memory();
 
 enum class Phase : std::uint8_t { prefill = 1, decode = 2, both = 3 };
 
+struct Calibration;
+
 /// A mechanism in a model: which layers and which phase it replaces. The rest stays dense; a
 /// model's own sliding-window layers are left alone.
 struct MechanismUse {
@@ -67,6 +69,8 @@ struct MechanismUse {
   /// Layers, ascending; empty = every layer that has global attention.
   std::vector<Index> layers;
   Phase phase = Phase::both;
+  /// What it learned before (heed/model/calibration.h), or null.
+  std::shared_ptr<const Calibration> calibration = nullptr;
 };
 
 /// "0,3,5-9,20-" to layer numbers. Throws UsageError for malformed text, a number >= layers, or a
@@ -125,6 +129,10 @@ class Session {
   /// for every chunk while set. Rows are the chunk's.
   using PlanObserver = std::function<void(Index layer, const Plan&)>;
   void observe_plans(PlanObserver observer);
+  /// What the attention of every layer that the mechanism may replace is given, whole prompts at once: called
+  /// inside prefill while set.
+  using InputsObserver = std::function<void(Index layer, const Inputs&)>;
+  void observe_inputs(InputsObserver observer);
 
  private:
   struct State;

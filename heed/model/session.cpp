@@ -22,8 +22,42 @@ void check_mechanism(const Mechanism& m) {
   const std::string what = "expected a mechanism that can replace causal self-attention";
   if (!m.not_on_models.empty()) fail_usage("{} cannot run on a model: {}; {}", m.name, m.not_on_models, what);
   if (m.causality == Causality::refused) fail_usage("{} cannot run on a model: it is not causal; {}", m.name, what);
+}
+
+// What only shows when a plan is made, such as parameters that do not go together or learned tensors that are
+// missing, should be known before a document is read: the plan of one token is made for a trial.
+void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv) {
+  const Mechanism& m = *chosen.mechanism;
+  const auto learned = chosen.extra.find(layer);
+  Inputs in;
+  in.problem = {.B = 1,
+                .Hq = info.heads,
+                .Hk = info.kv_heads,
+                .N = 1,
+                .M = 1,
+                .D = info.head_size,
+                .Dv = info.head_size,
+                .causal = true};
+  if (learned != chosen.extra.end()) in.extra = learned->second;
   for (const ExtraSpec& extra : m.extras)
-    if (extra.required) fail_usage("{} cannot run on a model: it needs the tensor {}; {}", m.name, extra.name, what);
+    if (extra.required && in.find(extra.name) == nullptr)
+      fail_usage("{} cannot run on a model: layer {} lacks the tensor {}, expected a --calibration that has it", m.name,
+                 layer, extra.name);
+  check_extras(m, in.extra, in.problem);
+  const std::vector<float> zeros(static_cast<size_t>(std::max(info.heads, info.kv_heads) * info.head_size), 0.0f);
+  KeyValues one(info.kv_heads, info.head_size, info.head_size, 1, kv);
+  const TensorView token(zeros.data(), DType::f32, {info.kv_heads, 1, info.head_size});
+  one.append(token, token);
+  std::any memory;
+  in.rule.scale = 1, in.prompt = 1, in.kv = &one, in.memory = &memory;
+  in.q = Queries({zeros.data(), DType::f32, {1, info.heads, 1, info.head_size}}, kv);
+  try {
+    m.plan(chosen.params, in);
+  } catch (const UsageError&) {
+    throw;
+  } catch (const Error&) {
+    // One token is too short for some: the document itself may do.
+  }
 }
 
 bool covers(Phase phase, Phase part) { return (static_cast<int>(phase) & static_cast<int>(part)) != 0; }
@@ -35,7 +69,8 @@ constexpr Index score_panels = 8;   // panels of outputs that one unit multiplie
 
 struct Session::State {
   State(const Model& m, const SessionOptions& o, Index context)
-      : model(m), options(o), forward(m, o.kv, context), chosen(o.use.call), dense(MechanismCall{"dense", {}}) {
+      : model(m), options(o), forward(m, o.kv, context), chosen(o.use.call, o.use.calibration.get()),
+        dense(MechanismCall{"dense", {}}) {
     const ModelInfo& info = m.info();
     if (info.window > 0)
       window.emplace(MechanismCall{"streaming", {{"sink", "0"}, {"window", std::to_string(info.window)}}});
@@ -44,6 +79,8 @@ struct Session::State {
     if (o.use.layers.empty())
       for (size_t i = 0; i < replaced.size(); ++i) replaced[i] = !info.local[i];
     capacity = context;
+    for (Index i = 0; i < info.layers; ++i)
+      if (replaced[static_cast<size_t>(i)]) try_plan(chosen, info, i, o.kv);
   }
 
   const Model& model;
@@ -66,8 +103,8 @@ struct Session::State {
     return replaced[i] && covers(options.use.phase, phase) && able ? chosen : dense;
   }
   bool whole_prompt(Phase phase) const {
-    return phase == Phase::prefill && chosen.mechanism->square && covers(options.use.phase, phase) &&
-           std::find(replaced.begin(), replaced.end(), true) != replaced.end();
+    if (phase != Phase::prefill || std::find(replaced.begin(), replaced.end(), true) == replaced.end()) return false;
+    return forward.inputs_observer || (chosen.mechanism->square && covers(options.use.phase, phase));
   }
 
   void check_tokens(const std::vector<Token>& tokens) const;
@@ -152,7 +189,7 @@ void Session::State::feed_by_layers(const std::vector<Token>& tokens, bool keep_
   chunks([&](Index first, Index rows) { forward.embed(tokens.data() + first, rows, x.data() + first * width); });
   for (Index layer = 0; layer < layers; ++layer) {
     const Chosen& how = chosen_for(layer, Phase::prefill);
-    if (how.mechanism->square) {
+    if (how.mechanism->square || forward.inputs_observer) {
       chunks([&](Index first, Index rows) {
         forward.project(layer, x.data() + first * width, rows, first, q.data() + first * query_width);
       });
@@ -295,6 +332,16 @@ const SessionStats& Session::stats() const {
 void Session::reset_stats() {
   state_->forward.stats = {};
   state_->total_s = 0;
+}
+
+void Session::observe_inputs(InputsObserver observer) {
+  if (!observer) {
+    state_->forward.inputs_observer = {};
+    return;
+  }
+  state_->forward.inputs_observer = [this, observer = std::move(observer)](Index layer, const Inputs& in) {
+    if (state_->replaced[static_cast<size_t>(layer)]) observer(layer, in);
+  };
 }
 
 void Session::observe_plans(PlanObserver observer) { state_->forward.observer = std::move(observer); }

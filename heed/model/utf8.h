@@ -31,7 +31,8 @@ inline void append_utf8(std::string& out, unsigned code) {
 inline unsigned next_code(std::string_view text, size_t& at) {
   const size_t n = utf8_length(text[at]);
   unsigned code = static_cast<unsigned char>(text[at]) & (n == 1 ? 0x7fu : 0xffu >> (n + 1));
-  for (size_t i = 1; i < n && at + i < text.size(); ++i) code = code << 6 | (static_cast<unsigned char>(text[at + i]) & 0x3fu);
+  for (size_t i = 1; i < n && at + i < text.size(); ++i)
+    code = code << 6 | (static_cast<unsigned char>(text[at + i]) & 0x3fu);
   at += n;
   return code;
 }

@@ -1,0 +1,269 @@
+// heed bench attend: mechanisms on tensors: time, share of the peak, error against f64.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <optional>
+
+#include "cli/bench.h"
+#include "cli/options.h"
+#include "heed/base/random.h"
+#include "heed/base/threads.h"
+#include "heed/kernel/kernels.h"
+#include "heed/mechanism/attend.h"
+#include "heed/model/safetensors.h"
+
+namespace heed::cli {
+namespace {
+
+struct Options {
+  std::vector<std::string> mechanisms;
+  std::string input, dtype = "both", json;
+  Index length = 8192, heads = 2, kv_heads = 0, head_size = 64;
+  int repeat = 5;
+  bool full = false;
+  std::uint64_t seed = 0;
+};
+
+// q, k, v and what else a file holds, or random numbers.
+struct Tensors {
+  std::optional<model::SafetensorsFile> file;
+  std::vector<float> memory[3];
+  AttendInput input;
+};
+
+std::vector<float> random_values(Index n, Random& random) {
+  std::vector<float> x(static_cast<size_t>(n));
+  for (float& e : x) e = static_cast<float>(2 * random.uniform() - 1);
+  return x;
+}
+
+void fill(const Options& o, Tensors& t) {
+  if (!o.input.empty()) {
+    t.file = model::SafetensorsFile::open(o.input);
+    t.input.q = t.file->tensor("q"), t.input.k = t.file->tensor("k"), t.input.v = t.file->tensor("v");
+    for (const std::string& name : t.file->names())
+      if (name != "q" && name != "k" && name != "v") t.input.extra.emplace(name, t.file->tensor(name));
+    return;
+  }
+  Random random(o.seed);
+  const Index kv_heads = o.kv_heads == 0 ? o.heads : o.kv_heads;
+  TensorView* views[3] = {&t.input.q, &t.input.k, &t.input.v};
+  for (int i = 0; i < 3; ++i) {
+    const Index heads = i == 0 ? o.heads : kv_heads;
+    t.memory[i] = random_values(heads * o.length * o.head_size, random);
+    *views[i] = {t.memory[i].data(), DType::f32, {1, heads, o.length, o.head_size}};
+  }
+}
+
+// Largest error of a few rows against f64, relative to the largest value: a wrong answer is no speed. Keys and
+// values are those that the plan's sources hold. Nothing for plans whose scores are not just scaled products.
+std::optional<double> error_of(const Plan& plan, const float* o) {
+  const Problem& p = plan.problem;
+  if (!plan.rule.plain() || !plan.output_by_token) return {};
+  const std::vector<Index> rows{0, p.N / 3, p.N / 2, p.N - 1};
+  const auto element = [](const PanelLayout& layout, const void* data, Index at) {
+    return static_cast<double>(layout.dtype == DType::f32 ? static_cast<const float*>(data)[at]
+                                                          : to_f32(static_cast<const bf16*>(data)[at]));
+  };
+  struct Sum {
+    double weight = 0;
+    std::vector<double> value;
+  };
+  std::map<std::pair<Index, Index>, Sum> sums;
+  std::vector<float> q(static_cast<size_t>(p.D));
+  bool gated = false;
+  walk(plan, [&](const RowBlock& block, const std::vector<Tile>& tiles) {
+    for (const Tile& tile : tiles) {
+      gated = gated || tile.gate >= 0;
+      const Source& source = plan.sources[static_cast<size_t>(tile.source)];
+      const PanelLayout& layout = source.layout;
+      const SourceView& view = source.views[static_cast<size_t>(
+          source.per_query_head ? block.b * p.Hq + block.head : block.b * p.Hk + block.kv_head)];
+      for (Index i = 0; i < tile.rows.count; ++i) {
+        const Index token = block.token(tile.rows[i]);
+        if (std::find(rows.begin(), rows.end(), token) == rows.end()) continue;
+        plan.queries.read(block.b, block.head, token, q.data());
+        Sum& sum = sums[{block.b * p.Hq + block.head, token}];
+        sum.value.resize(static_cast<size_t>(p.Dv));
+        for (Index c = 0; c < tile.columns.count; ++c) {
+          if (!sees(plan, block, tile, i, c)) continue;
+          const Index column = tile.columns[c];
+          double s = 0;
+          for (Index f = 0; f < p.D; ++f)
+            s += static_cast<double>(q[static_cast<size_t>(f)]) *
+                 element(layout, view.keys, layout.key_offset(column, f));
+          s *= static_cast<double>(plan.rule.scale);
+          if (view.log_weight != nullptr) s += static_cast<double>(view.log_weight[column]);
+          const double w = std::exp(s);
+          sum.weight += w;
+          for (Index e = 0; e < p.Dv; ++e)
+            sum.value[static_cast<size_t>(e)] += w * element(layout, view.values, layout.value_offset(column, e));
+        }
+      }
+    }
+  });
+  if (gated) return {};
+  double worst = 0, most = 0;
+  for (const auto& [key, sum] : sums)
+    for (Index e = 0; e < p.Dv && sum.weight > 0; ++e) {
+      const double want = sum.value[static_cast<size_t>(e)] / sum.weight;
+      most = std::max(most, std::abs(want));
+      worst = std::max(worst, std::abs(want - static_cast<double>(o[(key.first * p.N + key.second) * p.Dv + e])));
+    }
+  return worst / most;
+}
+
+// One mechanism timed: planning and attending. Checks and packing, which every mechanism pays alike, stand apart.
+struct Timing {
+  double best_s = 0, median_s = 0, plan_s = 0, pack_s = 0, density = 0, flops = 0;
+  AttendStats stats;
+  std::optional<double> error;
+};
+
+Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat) {
+  Timing t;
+  std::vector<double> seconds;
+  Tensor o;
+  for (int i = 0; i <= repeat; ++i) {
+    double start = seconds_now();
+    const CheckedCall checked = check(call, in);
+    t.pack_s = seconds_now() - start;
+    start = seconds_now();
+    const Plan plan = checked.plan();
+    const double plan_s = seconds_now() - start;
+    const Problem& p = plan.problem;
+    const Index r = plan.rows_per_head();
+    if (o.size() != p.B * p.Hq * r * p.Dv) o = Tensor(DType::f32, {p.B, p.Hq, r, p.Dv});
+    const AttendStats stats = attend(plan, {o.as<float>(), p.Hq * r * p.Dv, r * p.Dv, p.Dv, nullptr});
+    if (i == 0) {  // warm-up
+      t.error = error_of(plan, o.as<float>());
+      continue;
+    }
+    seconds.push_back(plan_s + stats.plan_s + stats.attend_s);
+    if (seconds.back() > *std::min_element(seconds.begin(), seconds.end())) continue;
+    t.stats = stats, t.plan_s = plan_s + stats.plan_s;
+    t.flops = 2.0 * static_cast<double>(stats.pairs) * static_cast<double>(p.D + p.Dv);
+    t.density = static_cast<double>(stats.pairs) / static_cast<double>(dense_pairs(p));
+  }
+  std::sort(seconds.begin(), seconds.end());
+  t.best_s = seconds.front(), t.median_s = seconds[seconds.size() / 2];
+  return t;
+}
+
+class Bench {
+ public:
+  explicit Bench(const Options& o)
+      : o_(o), peaks_{peak_of(kernels().peak_f32, threads()), peak_of(kernels().peak_bf16, threads())} {
+    fill(o, tensors_);
+    const Shape &q = tensors_.input.q.shape, &k = tensors_.input.k.shape;
+    json_ = {{"isa", kernels().name}, {"threads", threads()}, {"length", q.at(2)},      {"heads", q.at(1)},
+             {"kv_heads", k.at(1)},   {"head_size", q.at(3)}, {"f32_peak", peaks_.f32}, {"bf16_peak", peaks_.bf16}};
+    if (quiet()) return;
+    fmt::print("{}, {} threads, q {}, k {}; peaks: f32 {:.0f} GF/s, bf16 {:.0f} GF/s\n\n"
+               "{:<44}{:>6}{:>10}{:>10}{:>9}{:>8}{:>9}{:>9}{:>10}{:>10}\n",
+               kernels().name, threads(), to_string(q), to_string(k), peaks_.f32 * 1e-9, peaks_.bf16 * 1e-9, "", "",
+               "best s", "median s", "GF/s", "% peak", "plan %", "density", "t/dense·ρ", "error");
+  }
+
+  void run(DType dtype) {
+    dense_s_.clear();
+    for (const std::string& text : o_.mechanisms) {
+      const MechanismCall call = MechanismCall::parse(text);
+      const Mechanism& m = find_mechanism(call.name);
+      const bool causal = m.causality == Causality::implied || (m.causality == Causality::either && !o_.full);
+      // A ratio needs dense attention with the same causality.
+      if (dense_s_.empty() ? call.name == "dense" : dense_s_.count(causal) == 0)
+        time("dense", {"dense", {}}, causal, dtype);
+      if (call.name != "dense") time(text, call, causal, dtype);
+    }
+  }
+
+  const Json& json() const { return json_; }
+
+ private:
+  bool quiet() const { return o_.json == "-"; }
+
+  void time(const std::string& text, const MechanismCall& call, bool causal, DType dtype) {
+    AttendInput in = tensors_.input;
+    in.causal = causal, in.arithmetic = dtype;
+    // A file may hold tensors for several mechanisms.
+    const Mechanism& m = find_mechanism(call.name);
+    std::erase_if(in.extra, [&](const auto& extra) {
+      return std::none_of(m.extras.begin(), m.extras.end(), [&](const ExtraSpec& e) { return e.name == extra.first; });
+    });
+    const Timing t = time_of(call, in, o_.repeat);
+    const double rate = t.flops / t.best_s, peak = dtype == DType::bf16 && peaks_.bf16 > 0 ? peaks_.bf16 : peaks_.f32;
+    if (call.name == "dense") dense_s_[causal] = t.best_s;
+    const auto dense = dense_s_.find(causal);
+    const double excess = dense == dense_s_.end() ? 0 : t.best_s / (dense->second * t.density);
+    const std::string name = causal ? text : text + " (full)";
+    if (!quiet())
+      fmt::print("{:<44}{:>6}{:>10.4f}{:>10.4f}{:>9.0f}{:>8.1f}{:>9.1f}{:>9.4f}{:>10}{:>10}\n", name, name_of(dtype),
+                 t.best_s, t.median_s, rate * 1e-9, 100 * rate / peak, 100 * t.plan_s / t.best_s, t.density,
+                 excess > 0 ? fmt::format("{:.2f}", excess) : "-", t.error ? fmt::format("{:.1e}", *t.error) : "-");
+    json_["results"].push_back({{"mechanism", text},
+                                {"causal", causal},
+                                {"dtype", name_of(dtype)},
+                                {"best_s", t.best_s},
+                                {"median_s", t.median_s},
+                                {"plan_s", t.plan_s},
+                                {"pack_s", t.pack_s},
+                                {"flops_per_s", rate},
+                                {"share_of_peak", rate / peak},
+                                {"density", t.density},
+                                {"time_over_dense_times_density", excess},
+                                {"max_relative_error", t.error ? Json(*t.error) : Json()},
+                                {"pairs", t.stats.pairs},
+                                {"pairs_computed", t.stats.pairs_computed},
+                                {"tiles_visited", t.stats.tiles_visited}});
+  }
+
+  const Options& o_;
+  Peaks peaks_;
+  Tensors tensors_;
+  Json json_;
+  std::map<bool, double> dense_s_;  // by causality
+};
+
+void bench_attend(Options o) {
+  if (o.mechanisms.empty())
+    o.mechanisms = {"dense", "streaming:sink=64,window=512", "moba:block=128,top_k=8", "power:block=128"};
+  Bench bench(o);
+  for (DType dtype : {DType::f32, DType::bf16})
+    if (o.dtype == "both" || o.dtype == name_of(dtype)) bench.run(dtype);
+  write_json(o.json, bench.json());
+}
+
+}  // namespace
+
+void add_bench_attend(CLI::App& bench, Job& job) {
+  CLI::App* command =
+      bench.add_subcommand("attend", "Attention on tensors: time, share of the peak, error against f64");
+  const auto o = std::make_shared<Options>();
+  command
+      ->add_option("--mechanism", o->mechanisms, "NAME[:p=v,…], may be given several times; dense first gives ratios")
+      ->take_all();
+  command
+      ->add_option("--input", o->input, "A safetensors file with q, k, v and extra tensors (default: random numbers)")
+      ->type_name("F");
+  command->add_option("--length", o->length, "Tokens N = M")->check(whole_number(1, 1 << 24))->capture_default_str();
+  command->add_option("--heads", o->heads, "Query heads")->check(whole_number(1, 1024))->capture_default_str();
+  command->add_option("--kv-heads", o->kv_heads, "Key heads (default: as many as query heads)")
+      ->check(whole_number(1, 1024));
+  command->add_option("--head-size", o->head_size, "D")->check(whole_number(1, 512))->capture_default_str();
+  command->add_option("--dtype", o->dtype, "f32, bf16 or both")
+      ->check(one_of({"f32", "bf16", "both"}))
+      ->capture_default_str();
+  command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
+  command->add_option("--seed", o->seed, "Seed of the random numbers")->check(whole_number(0))->capture_default_str();
+  command->add_flag("--full", o->full, "Not causal, where a mechanism leaves the choice");
+  command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
+      ->type_name("F");
+  command->callback([&job, o] { job = [o] { bench_attend(*o); }; });
+}
+
+}  // namespace heed::cli

@@ -1,0 +1,142 @@
+// heed bench prefill|decode: tokens a second of a whole model, on random tokens.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "cli/bench.h"
+#include "cli/models.h"
+#include "cli/terminal.h"
+#include "heed/base/random.h"
+#include "heed/base/threads.h"
+#include "heed/kernel/kernels.h"
+
+namespace heed::cli {
+namespace {
+
+struct Options {
+  std::string path, dtype = "bf16", kv = "bf16", json, lengths = "512,2048";
+  std::vector<std::string> mechanisms;
+  Index chunk = 512, steps = 32;
+  int repeat = 3;
+};
+
+std::vector<model::Token> random_tokens(Index n, Index vocabulary) {
+  Random random(7);
+  std::vector<model::Token> ids(static_cast<size_t>(n));
+  for (model::Token& id : ids) id = static_cast<model::Token>(random.below(vocabulary));
+  return ids;
+}
+
+// Rows of {mechanism, length, tokens a second, where the time went}.
+class Bench {
+ public:
+  Bench(const Options& o, bool decode) : o_(o), decode_(decode) {
+    const DType dtype = dtype_named(o.dtype);
+    lengths_ = whole_numbers("--length", o.lengths, 1, Index{1} << 24);
+    model_ = model::Model::load(o.path, dtype);
+    json_ = {{"machine", machine_name()}, {"isa", kernels().name}, {"threads", threads()},
+             {"model", o.path},           {"dtype", o.dtype},      {"phase", decode ? "decode" : "prefill"}};
+    if (!quiet())
+      fmt::print("{}, {} threads, {}, {}\n\n{:<36}{:>9}{:>12}{:>12}{:>12}{:>11}\n", kernels().name, threads(), o.dtype,
+                 model_->info().name, "", decode ? "context" : "tokens", "tokens/s", "ms/token", "attention", "linear");
+  }
+
+  void run(const std::string& text) {
+    for (Index length : lengths_) {
+      const Index tail = decode_ ? o_.steps : 0;
+      if (length + tail > model_->info().context)
+        fail("--length = {}, expected at most {}: the context is {}", length, model_->info().context - tail,
+             model_->info().context);
+      model::SessionOptions options;
+      options.use.call = MechanismCall::parse(text);
+      options.context = length + tail, options.chunk = o_.chunk, options.kv = dtype_named(o_.kv);
+      model::Session session(*model_, options);
+      const std::vector<model::Token> ids = random_tokens(length + tail, model_->info().vocabulary);
+      const std::vector<model::Token> prompt(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(length));
+      double best = 1e300;
+      model::SessionStats stats;
+      if (decode_) session.prefill(prompt);
+      for (int i = 0; i < o_.repeat; ++i) {
+        session.truncate(decode_ ? length : 0);
+        session.reset_stats();
+        const double start = seconds_now();
+        if (decode_)
+          for (Index step = 0; step < tail; ++step) session.decode(ids[static_cast<size_t>(length + step)]);
+        else session.prefill(prompt);
+        const double seconds = seconds_now() - start;
+        if (seconds < best) best = seconds, stats = session.stats();
+      }
+      say(text, length, decode_ ? tail : length, best, stats);
+    }
+  }
+
+  const Json& json() const { return json_; }
+
+ private:
+  bool quiet() const { return o_.json == "-"; }
+
+  void say(const std::string& text, Index length, Index tokens, double seconds, const model::SessionStats& s) {
+    const double rate = static_cast<double>(tokens) / seconds;
+    if (!quiet())
+      fmt::print("{:<36}{:>9}{:>12.1f}{:>12.3f}{:>10.0f} %{:>9.0f} %\n", text, length, rate, 1e3 / rate,
+                 100 * s.attention_s / seconds, 100 * s.linear_s / seconds);
+    json_["results"].push_back({{"mechanism", text},
+                                {"length", length},
+                                {"tokens", tokens},
+                                {"seconds", seconds},
+                                {"tokens_per_s", rate},
+                                {"attention_s", s.attention_s},
+                                {"linear_s", s.linear_s},
+                                {"output_s", s.output_s},
+                                {"plan_s", s.plan_s},
+                                {"kv_bytes", s.kv_bytes}});
+  }
+
+  const Options& o_;
+  bool decode_;
+  std::vector<Index> lengths_;
+  std::unique_ptr<model::Model> model_;
+  Json json_;
+};
+
+void add(CLI::App& bench, Job& job, bool decode) {
+  CLI::App* command = decode ? bench.add_subcommand("decode", "Tokens a second of generating after a context")
+                             : bench.add_subcommand("prefill", "Tokens a second of reading a prompt");
+  const auto o = std::make_shared<Options>();
+  command->add_option("MODEL", o->path, "A GGUF file")->required();
+  command->add_option("--mechanism", o->mechanisms, "NAME[:p=v,…], may be given several times [dense]")->take_all();
+  command->add_option("--length", o->lengths, decode ? "Tokens held before" : "Tokens of the prompt")
+      ->type_name("N,…")
+      ->capture_default_str();
+  if (decode)
+    command->add_option("--steps", o->steps, "Tokens generated")
+        ->check(whole_number(1, 1 << 20))
+        ->capture_default_str();
+  else command->add_option("--chunk", o->chunk, "Tokens per step")->check(whole_number(1))->capture_default_str();
+  command->add_option("--dtype", o->dtype, "Arithmetic: bf16 or f32")
+      ->check(one_of({"f32", "bf16"}))
+      ->capture_default_str();
+  command->add_option("--kv", o->kv, "Numbers of the KV cache")->check(one_of({"f32", "bf16"}))->capture_default_str();
+  command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
+  command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
+      ->type_name("F");
+  command->callback([&job, o, decode] {
+    job = [o, decode] {
+      Bench bench_(*o, decode);
+      for (const std::string& text : o->mechanisms.empty() ? std::vector<std::string>{"dense"} : o->mechanisms)
+        bench_.run(text);
+      write_json(o->json, bench_.json());
+    };
+  });
+}
+
+}  // namespace
+
+void add_bench_model(CLI::App& bench, Job& job) {
+  add(bench, job, false);
+  add(bench, job, true);
+}
+
+}  // namespace heed::cli
