@@ -2,7 +2,10 @@
 // after d layers every block less than 2^d away has had its say.
 // "PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention", arXiv:2503.03588.
 
+#include <algorithm>
+
 #include "heed/mechanism/registry.h"
+#include "heed/plan/block_runs.h"
 
 namespace heed::mechanism {
 namespace {
@@ -14,24 +17,17 @@ Plan plan_power(const Params& p, const Inputs& in) {
   plan.cut_rows_every(round_up(256, block));
 
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
-    for (Index begin = 0, end; begin < rows.rows; begin = end) {
-      const Index own = rows.position(begin) / block;
-      end = std::min(rows.rows, begin + (own + 1) * block - rows.position(begin));
-      const Set these = Set::range(begin, end);
-      // Algorithm 1: distance d = own - column block is allowed when d < window, d is a power of
-      // two, or the column block is the sink. Ascending columns: sink, powers falling, window.
-      const auto in_window = [&](Index b) { return own - b < window; };
-      if (sink > 0 && !in_window(0)) tiles.add(these, Set::range(0, block), Mask::full());
+    // Algorithm 1: distance d = own - column block is allowed when d < window, d is a power of two, or
+    // the column block is the sink. Ascending columns: sink, powers falling, window.
+    add_block_rows(rows, block, tiles, [&](BlockRuns& runs) {
+      const Index own = runs.own();
+      runs.add(0, sink);
       Index distance = 1;
       while (2 * distance <= own) distance *= 2;
-      for (; distance >= 1; distance /= 2) {
-        const Index b = own - distance;
-        if (b < 0 || in_window(b) || (b == 0 && sink > 0)) continue;
-        tiles.add(these, Set::range(b * block, (b + 1) * block), Mask::full());
-      }
-      const Index last = rows.position(end - 1);
-      tiles.add(these, Set::range(std::max<Index>(0, own - window + 1) * block, last + 1), Mask::causal());
-    }
+      for (; distance >= window; distance /= 2)
+        if (distance <= own) runs.add(own - distance, own - distance + 1);
+      runs.add(std::max<Index>(0, own - window + 1), own + 1);
+    });
   };
   return plan;
 }
@@ -46,9 +42,11 @@ const Mechanism& power() {
       .year = 2025,
       .stage = "select (static), attend",
       .training = Training::continued,
-      .idea = "A static block mask: the last `window_blocks` blocks, the first block, and those at distances 1, 2, 4, 8, …\n"
+      .idea = "A static block mask: the last `window_blocks` blocks, the first block, and those at distances 1, 2, 4, "
+              "8, …\n"
               "Information from any block less than 2^d blocks away reaches a query within d layers.",
-      .equations = "d = block(i) - block(j);  visible: d < window_blocks, or d & (d - 1) = 0, or block(j) < sink_blocks; and j <= i",
+      .equations = "d = block(i) - block(j);  visible: d < window_blocks, or d & (d - 1) = 0, or block(j) < "
+                   "sink_blocks; and j <= i",
       .cost = "N·block·(window_blocks + 1 + log2(N / block))·(D + Dv) multiply-adds",
       .causality = Causality::implied,
       .square = false,
