@@ -19,6 +19,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &hilo(),
       &sparsifiner(),
       &davit(),
+      &s2(),
   };
   return table;
 }

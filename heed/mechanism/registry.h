@@ -20,5 +20,6 @@ const Mechanism& gna();
 const Mechanism& hilo();
 const Mechanism& sparsifiner();
 const Mechanism& davit();
+const Mechanism& s2();
 
 }  // namespace heed::mechanism
