@@ -20,6 +20,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &sparsifiner(),
       &davit(),
       &s2(),
+      &moa(),
   };
   return table;
 }

@@ -21,5 +21,6 @@ const Mechanism& hilo();
 const Mechanism& sparsifiner();
 const Mechanism& davit();
 const Mechanism& s2();
+const Mechanism& moa();
 
 }  // namespace heed::mechanism
