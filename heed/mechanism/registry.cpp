@@ -21,6 +21,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &davit(),
       &s2(),
       &moa(),
+      &blockrank(),
   };
   return table;
 }

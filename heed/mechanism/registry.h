@@ -22,5 +22,6 @@ const Mechanism& sparsifiner();
 const Mechanism& davit();
 const Mechanism& s2();
 const Mechanism& moa();
+const Mechanism& blockrank();
 
 }  // namespace heed::mechanism
