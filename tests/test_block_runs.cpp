@@ -103,22 +103,51 @@ TEST_CASE("runs that touch or overlap become one, and what is not past is left o
     runs.add(6, 99);
     runs.add(50, 60);
   });
-  CHECK(owns == std::vector<Index>{5, 6, 7});
-  REQUIRE(list.size() == 8);
-  // Own block 5: blocks 0–2 and 4. Blocks 6 and 7: the last run is causal and ends at the last row.
-  CHECK(list[0].rows.first == 3);
-  CHECK(list[0].rows.count == 7);
-  CHECK(list[0].columns.first == 0);
-  CHECK(list[0].columns.count == 30);
-  CHECK(list[0].mask.kind == Mask::Kind::full);
-  CHECK(list[1].columns.first == 40);
-  CHECK(list[1].columns.count == 10);
-  CHECK(list[4].columns.first == 60);
-  CHECK(list[4].columns.count == 10);
+  CHECK(owns == std::vector<Index>{5, 5, 6, 6, 7, 7});  // once to count
+  // Own block 5 sees blocks 0–2 and 4. Blocks 6 and 7 share those, and a causal tile that ends at the last row.
+  const auto shows = [&](size_t i, const Set& at, const Set& columns, Mask::Kind kind) {
+    const Tile& tile = list.at(i);
+    return tile.rows.first == at.first && tile.rows.count == at.count && tile.columns.first == columns.first &&
+           tile.columns.count == columns.count && tile.mask.kind == kind;
+  };
+  REQUIRE(list.size() == 5);
+  CHECK(shows(0, Set::range(3, 10), Set::range(0, 30), Mask::Kind::full));
+  CHECK(shows(1, Set::range(3, 10), Set::range(40, 50), Mask::Kind::full));
+  CHECK(shows(2, Set::range(10, 25), Set::range(0, 30), Mask::Kind::full));
+  CHECK(shows(3, Set::range(10, 25), Set::range(40, 50), Mask::Kind::full));
+  CHECK(shows(4, Set::range(10, 25), Set::range(60, 75), Mask::Kind::band));
+}
+
+TEST_CASE("blocks of queries share what they see alike, and chunks that they see whole are one tile") {
+  const auto tiles_of = [](Index first, Index rows, Index block, Index window) {
+    Scratch scratch;
+    std::vector<Tile> list;
+    Tiles tiles(scratch, list);
+    add_block_rows(RowBlock{.first = first, .rows = rows}, block, tiles, [&](BlockRuns& runs) {
+      runs.add(0, 1);
+      runs.add(std::max<Index>(0, runs.own() - window + 1), runs.own() + 1);
+    });
+    return list;
+  };
+  // Rows 4096 … 4351, blocks 64 … 67 of 64, a window of 32 blocks: the sink; ragged ends in the chunk of blocks 32 …
+  // 35, of which they see 33 on, 34 on, 35 and nothing; everything from there, hidden by causality alone.
+  const auto list = tiles_of(4096, 256, 64, 32);
+  REQUIRE(list.size() == 1 + 3 + 1);
+  CHECK(list[0].columns.count == 64);
+  CHECK(list[0].rows.count == 256);
+  for (size_t i = 1; i < 4; ++i) {
+    CHECK(list[i].rows.count == 64);
+    CHECK(list[i].columns.first == 2112 + 64 * (static_cast<Index>(i) - 1));
+    CHECK(list[i].columns.first + list[i].columns.count == 2304);
+  }
+  CHECK(list[4].rows.count == 256);
+  CHECK(list[4].columns.first == 2304);
+  CHECK(list[4].columns.count == 4096 + 256 - 2304);
   CHECK(list[4].mask.kind == Mask::Kind::band);
-  CHECK(list[7].rows.first == 20);
-  CHECK(list[7].rows.count == 5);
-  CHECK(list[7].columns.count == 15);
+  CHECK(tiles_of(256, 256, 64, 99).size() == 1);
+  // Chunks may be cut anywhere: rows that end inside a block, and one row.
+  CHECK(tiles_of(4096, 100, 64, 32).size() == 1 + 2 + 1);
+  CHECK(tiles_of(4200, 1, 64, 32).size() == 2);
 }
 
 TEST_CASE("parts of a pattern's columns merge to the whole") {

@@ -56,6 +56,12 @@ Plan plan_blockrank(const Params& p, const Inputs& in) {
   const auto begins = std::make_shared<const Begins>(read_segments(p, in));
   Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_kv_head);
   plan.keep = {begins};
+  // Row blocks end where segments do, with 256 rows or more; a long segment is cut by itself.
+  plan.cuts = {0};
+  for (const Index end : *begins) {
+    while (end - plan.cuts.back() > 512) plan.cuts.push_back(plan.cuts.back() + 256);
+    if (end - plan.cuts.back() >= 256 || end == in.problem.N) plan.cuts.push_back(end);
+  }
   plan.emit = [begins = begins.get()](const RowBlock& rows, Tiles& tiles) {
     const Index instruction = (*begins)[1], query = (*begins)[begins->size() - 2];
     const Index first = rows.position(0), end = rows.position(rows.rows - 1) + 1;
