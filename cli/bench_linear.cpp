@@ -3,10 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <set>
 
 #include "cli/bench.h"
+#include "cli/terminal.h"
 #include "heed/base/random.h"
 #include "heed/base/threads.h"
 #include "heed/kernel/kernels.h"
@@ -21,15 +23,21 @@ struct Options {
   int repeat = 7;
 };
 
-double best_seconds(const model::Linear& linear, const model::Activations& x, std::vector<float>& y, int repeat) {
-  const Index ldy = round_up(linear.outputs(), Index{16});
+double best_seconds(int repeat, const std::function<void()>& work) {
   double best = 1e300;
   for (int i = 0; i <= repeat; ++i) {
     const double start = seconds_now();
-    linear.apply(x, y.data(), ldy);
-    if (i > 0) best = std::min(best, seconds_now() - start);
+    work();
+    if (i > 0) best = std::min(best, seconds_now() - start);  // the first is a warm-up
   }
   return best;
+}
+
+std::vector<float> random_values(Index n) {
+  Random random(1);
+  std::vector<float> x(static_cast<size_t>(n));
+  for (float& e : x) e = static_cast<float>(random.normal());
+  return x;
 }
 
 void bench_linear(const Options& o) {
@@ -38,47 +46,60 @@ void bench_linear(const Options& o) {
   const Peaks machine = peaks();
   const double peak = dtype == DType::bf16 && machine.bf16 > 0 ? machine.bf16 : machine.f32,
                read = bandwidth(threads());
-  Json json{{"machine", machine_name()}, {"isa", kernels().name}, {"threads", threads()},    {"model", o.path},
-            {"dtype", o.dtype},          {"peak", peak},          {"read_bytes_per_s", read}};
+  Json json{{"machine", machine_name()}, {"isa", kernels().name}, {"threads", threads()}, {"model", o.path},
+            {"dtype", o.dtype},          {"rows", o.rows},        {"peak", peak},         {"read_bytes_per_s", read}};
   const bool quiet = o.json == "-";
   if (!quiet)
-    fmt::print("{}, {} threads, {}; peak {:.0f} GF/s, reading {:.1f} GB/s\n\n{:<26}{:>8}{:>16}{:>10}{:>9}{:>14}{:>9}\n",
-               kernels().name, threads(), o.dtype, peak * 1e-9, read * 1e-9, "", "format", "inputs→outputs",
-               fmt::format("{} rows", o.rows), "% peak", "one row GB/s", "% read");
-  std::set<std::tuple<Index, Index, std::string>> seen;
+    fmt::print("{}, {} threads, {}; peak {:.0f} GF/s, reading {:.1f} GB/s\n\n{:<26}{:>8}{:>16}{:>10}{:>9}\n",
+               kernels().name, threads(), o.dtype, peak * 1e-9, read * 1e-9, "", "format", "inputs→outputs", "GF/s",
+               "% peak");
+
+  std::set<std::tuple<Index, Index, std::string>> seen;  // one of each kind is timed
+  std::vector<model::Linear> all;
+  Index widest = 0, longest = 0, bytes = 0;
   for (const model::GgufTensor& w : file.tensors()) {
     if (w.shape.size() != 2 || w.rows() < 2) continue;
+    const model::Linear& linear = all.emplace_back(w, dtype, true);
+    const Index inputs = linear.inputs(), outputs = linear.outputs(), ldy = round_up(outputs, Index{16});
+    widest = std::max(widest, inputs), longest = std::max(longest, ldy), bytes += linear.file_bytes();
     const std::string format(name_of(w.format));
-    if (!seen.insert({w.rows(), w.columns(), format}).second) continue;  // one of each kind
-    const model::Linear linear(w, dtype);
-    const Index inputs = linear.inputs(), outputs = linear.outputs();
-    Random random(1);
-    std::vector<float> values(static_cast<size_t>(o.rows * inputs)),
-        y(static_cast<size_t>(o.rows * round_up(outputs, Index{16})));
-    for (float& v : values) v = static_cast<float>(random.normal());
-    model::Activations many, one;
-    many.assign(values.data(), o.rows, inputs, dtype);
-    one.assign(values.data(), 1, inputs, dtype);
-    const double many_s = best_seconds(linear, many, y, o.repeat), one_s = best_seconds(linear, one, y, 4 * o.repeat);
-    const double rate = 2.0 * static_cast<double>(o.rows * inputs * outputs) / many_s;
-    const double bytes = static_cast<double>(linear.bytes()) / one_s;
+    if (!seen.insert({outputs, inputs, format}).second) continue;
+    const std::vector<float> values = random_values(o.rows * inputs);
+    std::vector<float> y(static_cast<size_t>(o.rows * ldy));
+    model::Activations x;
+    x.assign(values.data(), o.rows, inputs, dtype);
+    const model::Linear::Job job{&linear, y.data(), ldy};
+    const double seconds = best_seconds(o.repeat, [&] { model::Linear::apply_all(x, {&job, 1}); });
+    const double rate = 2.0 * static_cast<double>(o.rows * inputs * outputs) / seconds;
     if (!quiet)
-      fmt::print("{:<26}{:>8}{:>16}{:>10.0f}{:>9.1f}{:>14.1f}{:>9.1f}\n", w.name, format,
-                 fmt::format("{}→{}", inputs, outputs), rate * 1e-9, 100 * rate / peak, bytes * 1e-9,
-                 100 * bytes / read);
+      fmt::print("{:<26}{:>8}{:>16}{:>10.0f}{:>9.1f}\n", w.name, format, fmt::format("{}→{}", inputs, outputs),
+                 rate * 1e-9, 100 * rate / peak);
     json["results"].push_back({{"tensor", w.name},
                                {"format", format},
                                {"inputs", inputs},
                                {"outputs", outputs},
-                               {"rows", o.rows},
-                               {"rows_s", many_s},
+                               {"seconds", seconds},
                                {"flops_per_s", rate},
-                               {"share_of_peak", rate / peak},
-                               {"row_s", one_s},
-                               {"row_bytes", linear.bytes()},
-                               {"row_bytes_per_s", bytes},
-                               {"share_of_read", bytes / read}});
+                               {"share_of_peak", rate / peak}});
   }
+  // One row goes through every matrix once, as a token that is decoded does: no cache holds them all.
+  const std::vector<float> x = random_values(widest);
+  std::vector<float> y(static_cast<size_t>(longest));
+  const double seconds = best_seconds(o.repeat, [&] {
+    for (const model::Linear& linear : all) {
+      const model::Linear::Job job{&linear, y.data(), longest};
+      model::Linear::apply_row(x.data(), {&job, 1});
+    }
+  });
+  const double rate = static_cast<double>(bytes) / seconds;
+  if (!quiet)
+    fmt::print("\none row through {} matrices of {}: {:.2f} ms, {:.1f} GB/s, {:.0f} % of reading\n", all.size(),
+               bytes_text(bytes), 1e3 * seconds, rate * 1e-9, 100 * rate / read);
+  json["one_row"] = {{"matrices", all.size()},
+                     {"bytes", bytes},
+                     {"seconds", seconds},
+                     {"bytes_per_s", rate},
+                     {"share_of_read", rate / read}};
   write_json(o.json, json);
 }
 

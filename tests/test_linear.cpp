@@ -9,6 +9,8 @@
 #include "heed/base/random.h"
 #include "heed/model/linear.h"
 #include "support/cases.h"
+#include "support/gguf_writer.h"
+#include "support/naive.h"
 
 using namespace heed;
 using namespace heed::model;
@@ -114,4 +116,50 @@ TEST_CASE("rows of activations may have a stride, and are checked") {
     CHECK_THROWS_WITH_AS(linear.apply(a, y.data(), 32), "activations: columns = 23, expected the layer's 24 inputs",
                          Error);
   }
+}
+
+TEST_CASE("one row is multiplied in every format of the file") {
+  for (const std::string& isa : available_isas()) {
+    const test::UseIsa use(isa);
+    for (const WeightFormat format : {WeightFormat::f32, WeightFormat::f16, WeightFormat::bf16, WeightFormat::q4_0,
+                                      WeightFormat::q4_1, WeightFormat::q5_0, WeightFormat::q5_1, WeightFormat::q8_0,
+                                      WeightFormat::q4_k, WeightFormat::q5_k, WeightFormat::q6_k}) {
+      const Index block = block_layout(format).elements;
+      for (const Index outputs : {1, 33, 100}) {
+        const Index inputs = block == 1 ? 37 : 3 * block;
+        const Matrix w(outputs, inputs, 3), x(1, inputs, 4);
+        const test::Encoded encoded = test::encode(format, std::vector<double>(w.values.begin(), w.values.end()));
+        // At an odd address, as a tensor of a file may stand.
+        std::vector<std::byte> shifted(1);
+        shifted.insert(shifted.end(), encoded.bytes.begin(), encoded.bytes.end());
+        const GgufTensor tensor{"w", format, {outputs, inputs}, std::span<const std::byte>(shifted).subspan(1)};
+        const Linear linear(tensor, DType::f32, true);
+        std::vector<float> y(static_cast<size_t>(outputs), std::numeric_limits<float>::quiet_NaN());
+        for (const int threads : {1, 2}) {
+          const test::UseThreads used(threads);
+          const Linear::Job job{&linear, y.data(), outputs};
+          Linear::apply_row(x.values.data(), {&job, 1});
+          for (Index o = 0; o < outputs; ++o) {
+            double sum = 0, size = 0;
+            for (Index i = 0; i < inputs; ++i) {
+              const double term = encoded.values[static_cast<size_t>(o * inputs + i)] *
+                                  static_cast<double>(x.values[static_cast<size_t>(i)]);
+              sum += term, size += std::abs(term);
+            }
+            CHECK_MESSAGE(std::abs(sum - static_cast<double>(y[static_cast<size_t>(o)])) <= 3e-6 * size, isa, " ",
+                          name_of(format), " row ", o);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a layer that kept no file refuses to read its rows from one") {
+  const Matrix w(4, 8, 1);
+  const Linear linear(w.tensor(), DType::f32);
+  float x[8] = {}, y[4];
+  const Linear::Job job{&linear, y, 4};
+  CHECK_FAILS(Linear::apply_row(x, {&job, 1}), Error,
+              "linear: no file to read its rows from, expected a layer that kept it");
 }

@@ -6,6 +6,7 @@
 
 #include "heed/base/types.h"
 #include "heed/kernel/panels.h"
+#include "heed/kernel/quant.h"
 
 namespace heed {
 
@@ -59,6 +60,11 @@ struct Kernels {
 
   // Rounds n floats to bf16, nearest even.
   void (*round_bf16)(const float* x, Index n, bf16* out);
+
+  // y[i] = Σ_j w[i][j]·x[j] for `rows` rows of n weights in a file's own format, row_bytes apart, at any address.
+  // x [n]; sums[g] = Σ of x[32·g … 32·g + 31], read by formats of blocks. n: a multiple of the format's block.
+  void (*row_product)(WeightFormat format, const void* w, Index row_bytes, Index rows, Index n, const float* x,
+                      const float* sums, float* y);
 
   // Rows of models; n elements each.
   void (*rms_norm)(const float* x, const float* weight, Index n, float eps, float* out);

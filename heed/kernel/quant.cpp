@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "heed/base/error.h"
+#include "heed/kernel/group_scales.h"
 
 namespace heed {
 namespace {
@@ -133,29 +134,14 @@ void q8_0_block(const Byte* p, float* out) {  // d f16, qs i8 [32]
 }
 
 // 256-element blocks of 8 groups of 32: x = d·scale·q - dmin·minimum, scale and minimum of 6 bits.
-struct Groups {
-  std::array<float, 8> scale, minimum;  // d and dmin multiplied in
-};
-
-// The 12 bytes hold the low 6 bits of scales 0-3, then of minima 0-3; each of the last four has the
-// low 4 bits of scale and minimum 4-7, whose upper 2 bits fill up the first eight.
-Groups groups_at(const Byte* p) {  // d f16, dmin f16, packed [12]
-  const float d = half_at(p), dmin = half_at(p + 2);
-  const auto s = bytes_at<12>(p + 4);
-  Groups g;
-  for (size_t j = 0; j < 4; ++j) {
-    g.scale[j] = d * static_cast<float>(s[j] & 63);
-    g.minimum[j] = dmin * static_cast<float>(s[j + 4] & 63);
-    g.scale[j + 4] = d * static_cast<float>((s[j + 8] & 15) | (s[j] >> 6 << 4));
-    g.minimum[j + 4] = dmin * static_cast<float>((s[j + 8] >> 4) | (s[j + 4] >> 6 << 4));
-  }
-  return g;
+GroupScales groups_at(const Byte* p) {  // d f16, dmin f16, packed [12]
+  return group_scales(p + 4, half_at(p), half_at(p + 2));
 }
 
 // qs: 32 bytes serve two groups, the even one by its low nibbles, the odd one by its high nibbles.
 
 void q4_k_block(const Byte* p, float* out) {  // groups [16], qs [128]
-  const Groups g = groups_at(p);
+  const GroupScales g = groups_at(p);
   for (size_t pair = 0; pair < 4; ++pair, out += 64) {
     const auto q = bytes_at<32>(p + 16 + 32 * pair);
     for (size_t j = 0; j < 32; ++j) out[j] = g.scale[2 * pair] * static_cast<float>(q[j] & 15) - g.minimum[2 * pair];
@@ -166,7 +152,7 @@ void q4_k_block(const Byte* p, float* out) {  // groups [16], qs [128]
 
 // qh: bit g of byte j is the fifth bit of element j of group g.
 void q5_k_block(const Byte* p, float* out) {  // groups [16], qh [32], qs [128]
-  const Groups g = groups_at(p);
+  const GroupScales g = groups_at(p);
   const auto high = bytes_at<32>(p + 16);
   for (size_t pair = 0; pair < 4; ++pair, out += 64) {
     const auto q = bytes_at<32>(p + 48 + 32 * pair);

@@ -33,9 +33,10 @@ Chosen::Chosen(const MechanismCall& call, const Calibration* calibration)
 }
 
 Forward::Forward(const Model& model, DType kv, Index context)
-    : w_(model.weights()), info_(model.info()), kv_(kv), context_(context), width_(padded(info_.width)),
-      query_width_(padded(info_.heads * info_.head_size)), kv_width_(padded(info_.kv_heads * info_.head_size)),
-      ffn_width_(padded(info_.ffn)), global_(info_.head_size, info_.rope_base, w_.rope_pairs),
+    : w_(model.weights()), info_(model.info()), kv_(kv), arithmetic_(w_.arithmetic), context_(context),
+      width_(padded(info_.width)), query_width_(padded(info_.heads * info_.head_size)),
+      kv_width_(padded(info_.kv_heads * info_.head_size)), ffn_width_(padded(info_.ffn)),
+      global_(info_.head_size, info_.rope_base, w_.rope_pairs),
       local_(info_.head_size, info_.rope_base_local, w_.rope_pairs) {
   keys_.reserve(static_cast<size_t>(info_.layers));
   memories_.resize(static_cast<size_t>(info_.layers));
@@ -46,6 +47,12 @@ Forward::Forward(const Model& model, DType kv, Index context)
 void Forward::begin_prompt(Index size) {
   for (std::any& memory : memories_) memory.reset();
   prompt_ = size;
+  by_file_ = false, arithmetic_ = w_.arithmetic;
+}
+
+void Forward::begin_decode() {
+  by_file_ = w_.output.has_file();
+  arithmetic_ = by_file_ ? DType::f32 : w_.arithmetic;
 }
 
 void Forward::truncate(Index size) {
@@ -74,7 +81,8 @@ void Forward::add(float* x, const std::vector<float>& weight, float* sum) const 
 
 void Forward::multiply(std::initializer_list<Linear::Job> jobs) {
   const Stopwatch watch(stats.linear_s);
-  Linear::apply_all(activations_, {jobs.begin(), jobs.size()});
+  if (by_file_ && activations_.rows() == 1) Linear::apply_row(activations_.f32(), {jobs.begin(), jobs.size()});
+  else Linear::apply_all(activations_, {jobs.begin(), jobs.size()});
 }
 
 void Forward::project(Index layer, const float* x, Index n, Index position, float* q) {
@@ -84,8 +92,7 @@ void Forward::project(Index layer, const float* x, Index n, Index position, floa
   rope.reach(position + n, context_);
   k_.reach(n * kv_width_), v_.reach(n * kv_width_);
 
-  activations_.make(n, info_.width, w_.arithmetic,
-                    [&](Index r, float* out) { norm(x + r * width_, w.attn_norm, out); });
+  activations_.make(n, info_.width, arithmetic_, [&](Index r, float* out) { norm(x + r * width_, w.attn_norm, out); });
   multiply({{&w.q, q, query_width_}, {&w.k, k_.data(), kv_width_}, {&w.v, v_.data(), kv_width_}});
   const Index d = info_.head_size;
   const auto prepare = [&](float* row, Index heads, const std::vector<float>& weight, Index r) {
@@ -115,7 +122,7 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   in.q = Queries({q, DType::f32, {1, info_.heads, n, d}, {n * query_width_, d, query_width_, 1}}, kv_);
   in.kv = &kv;
   in.memory = &memories_[static_cast<size_t>(layer)];
-  in.prompt = std::max(prompt_, kv.size() - n);
+  in.prompt = prompt_ > 0 ? prompt_ : kv.size();
   if (const auto extra = how.extra.find(layer); extra != how.extra.end()) in.extra = extra->second;
   if (inputs_observer) inputs_observer(layer, in);
   double plan_s = 0;
@@ -161,15 +168,15 @@ void Forward::finish(Index layer, const float* mixed, Index n, float* x) {
   projected_.reach(n * width_), gate_.reach(n * ffn_width_), up_.reach(n * ffn_width_);
   float *projected = projected_.data(), *gate = gate_.data(), *up = up_.data();
 
-  activations_.assign(mixed, n, info_.heads * info_.head_size, w_.arithmetic, query_width_);
+  activations_.assign(mixed, n, info_.heads * info_.head_size, arithmetic_, query_width_);
   multiply({{&w.o, projected, width_}});
-  activations_.make(n, info_.width, w_.arithmetic, [&](Index r, float* out) {
+  activations_.make(n, info_.width, arithmetic_, [&](Index r, float* out) {
     add(projected + r * width_, w.post_attn_norm, x + r * width_);
     norm(x + r * width_, w.ffn_norm, out);
   });
   multiply({{&w.gate, gate, ffn_width_}, {&w.up, up, ffn_width_}});
   const auto activate = w_.gelu ? kernels().gelu_mul : kernels().silu_mul;
-  activations_.make(n, info_.ffn, w_.arithmetic,
+  activations_.make(n, info_.ffn, arithmetic_,
                     [&](Index r, float* out) { activate(gate + r * ffn_width_, up + r * ffn_width_, info_.ffn, out); });
   multiply({{&w.down, projected, width_}});
   for_rows(n, [&](Index r) { add(projected + r * width_, w.post_ffn_norm, x + r * width_); });
@@ -182,8 +189,10 @@ void Forward::output_norm(const float* x, Index n, float* out) {
 void Forward::logits(const float* normed, std::vector<float>& out) {
   const Index columns = padded(info_.vocabulary);
   logits_.reach(columns);
-  activations_.assign(normed, 1, info_.width, w_.arithmetic, width_);
-  w_.output.apply(activations_, logits_.data(), columns);
+  activations_.assign(normed, 1, info_.width, arithmetic_, width_);
+  const Linear::Job job{&w_.output, logits_.data(), columns};
+  if (by_file_) Linear::apply_row(activations_.f32(), {&job, 1});
+  else Linear::apply_all(activations_, {&job, 1});
   out.assign(logits_.data(), logits_.data() + info_.vocabulary);
 }
 

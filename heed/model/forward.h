@@ -43,6 +43,9 @@ class Forward {
   void truncate(Index size);
   /// Tells mechanisms that a prompt is about to be read, and how many tokens the cache will hold after it.
   void begin_prompt(Index size);
+  /// The steps that follow decode single tokens: their linear layers read the weights in the file's own format,
+  /// unrounded, where it is at hand.
+  void begin_decode();
 
   /// Residual streams of `n` tokens: x [n, width()].
   void embed(const Token* tokens, Index n, float* x);
@@ -74,7 +77,8 @@ class Forward {
 
   const Model::Weights& w_;
   const ModelInfo& info_;
-  DType kv_;
+  DType kv_, arithmetic_;  // arithmetic_: of the linear layers, now
+  bool by_file_ = false;
   Index prompt_ = 0;  // tokens of the prompt that is being read, or was
   Index context_, width_, query_width_, kv_width_, ffn_width_;
   Rope global_, local_;

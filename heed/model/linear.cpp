@@ -69,9 +69,9 @@ void Activations::assign(const float* x, Index rows, Index columns, DType arithm
   f32_ = x;
 }
 
-Linear::Linear(const GgufTensor& w, DType arithmetic)
-    : inputs_(w.columns()), outputs_(w.rows()), depth_(depth_of(inputs_, arithmetic)),
-      bf16_(multiplies_bf16(arithmetic)) {
+Linear::Linear(const GgufTensor& w, DType arithmetic, bool keep_file)
+    : file_(keep_file ? w : GgufTensor{}), inputs_(w.columns()), outputs_(w.rows()),
+      depth_(depth_of(inputs_, arithmetic)), bf16_(multiplies_bf16(arithmetic)) {
   const Index panel = depth_ * panel_columns;
   if (bf16_) bf16_panels_.reach(panels() * panel);
   else f32_panels_.reach(panels() * panel);
@@ -135,6 +135,40 @@ void Linear::apply_all(const Activations& x, std::span<const Job> jobs) {
       job.linear->apply_panels(x, row, std::min(rows, x.rows() - row), first,
                                std::min(step, job.linear->panels() - first),
                                job.y + row * job.ldy + first * panel_columns, job.ldy);
+      return;
+    }
+  });
+}
+
+void Linear::apply_row(const float* x, std::span<const Job> jobs) {
+  constexpr Index group = 32, rows_a_unit = 32;
+  const Index inputs = jobs.empty() ? 0 : jobs.front().linear->inputs_;
+  Index units = 0;
+  for (const Job& job : jobs) {
+    if (!job.linear->has_file()) fail("linear: no file to read its rows from, expected a layer that kept it");
+    if (job.linear->inputs_ != inputs)
+      fail("linear: {} inputs, expected {} as its neighbours", job.linear->inputs_, inputs);
+    units += ceil_div(job.linear->outputs_, rows_a_unit);
+  }
+  Scratch& scratch = thread_scratch();
+  const Scratch::Mark mark(scratch);
+  const std::span<float> sums = scratch.take<float>(ceil_div(inputs, group));
+  for (Index g = 0; g < static_cast<Index>(sums.size()); ++g) {
+    float sum = 0;
+    for (Index i = g * group; i < std::min(inputs, (g + 1) * group); ++i) sum += x[i];
+    sums[static_cast<size_t>(g)] = sum;
+  }
+  parallel_for(units, [&](Index unit, int) {
+    for (const Job& job : jobs) {
+      const Linear& layer = *job.linear;
+      const Index here = ceil_div(layer.outputs_, rows_a_unit);
+      if (unit >= here) {
+        unit -= here;
+        continue;
+      }
+      const Index first = unit * rows_a_unit, bytes = layer.file_.row_bytes();
+      kernels().row_product(layer.file_.format, layer.file_.bytes.data() + first * bytes, bytes,
+                            std::min(rows_a_unit, layer.outputs_ - first), inputs, x, sums.data(), job.y + first);
       return;
     }
   });

@@ -39,8 +39,9 @@ class Activations {
 class Linear {
  public:
   Linear() = default;
-  /// Packs W into panels of 64 outputs; with bf16 arithmetic the weights are rounded. Uses threads.
-  Linear(const GgufTensor& w, DType arithmetic);
+  /// Packs W into panels of 64 outputs; with bf16 arithmetic the weights are rounded. Uses threads. keep_file: the
+  /// tensor's own bytes outlive this object and serve apply_row().
+  Linear(const GgufTensor& w, DType arithmetic, bool keep_file = false);
   Index inputs() const { return inputs_; }
   Index outputs() const { return outputs_; }
   Index panels() const { return ceil_div(outputs_, panel_columns); }
@@ -63,7 +64,14 @@ class Linear {
   /// Several layers of the same inputs at once, so that small ones keep every thread busy.
   static void apply_all(const Activations& x, std::span<const Job> jobs);
 
+  /// One row of f32 activations x [inputs] times W in its file's format, read once and not rounded: what decoding is
+  /// bound by. Throws Error where a layer kept no file. Uses threads.
+  static void apply_row(const float* x, std::span<const Job> jobs);
+  bool has_file() const { return !file_.bytes.empty(); }
+  Index file_bytes() const { return static_cast<Index>(file_.bytes.size()); }
+
  private:
+  GgufTensor file_;
   Index inputs_ = 0, outputs_ = 0, depth_ = 0;  // depth_: inputs padded to the kernel's step
   bool bf16_ = false;
   Buffer<float> f32_panels_;

@@ -26,9 +26,9 @@ void check_tensors(const Gguf& file, const ModelInfo& info) {
       fail("{}: tensor {} is not supported in {} models", file.name(), t.name, info.architecture);
 }
 
-LayerWeights read_layer(const Gguf& file, const ModelInfo& info, Index layer, DType arithmetic) {
+LayerWeights read_layer(const Gguf& file, const ModelInfo& info, Index layer, DType arithmetic, bool keep_file) {
   const auto name = [&](const char* part) { return fmt::format("blk.{}.{}.weight", layer, part); };
-  const auto linear = [&](const char* part) { return Linear(*file.find(name(part)), arithmetic); };
+  const auto linear = [&](const char* part) { return Linear(*file.find(name(part)), arithmetic, keep_file); };
   const auto norm = [&](const char* part, Index size) { return read_vector(file, name(part), size); };
   LayerWeights w;
   w.attn_norm = norm("attn_norm", info.width);
@@ -56,14 +56,14 @@ const std::string& Model::chat_template() const { return weights_->chat_template
 
 std::unique_ptr<Model> Model::load(const std::string& path, DType arithmetic) {
   auto file = std::make_unique<Gguf>(Gguf::open(path));
-  std::unique_ptr<Model> model = build(*file, arithmetic, false);
+  std::unique_ptr<Model> model = build(*file, arithmetic, true);
   model->weights_->file = std::move(file);
   return model;
 }
 
-std::unique_ptr<Model> Model::load(const Gguf& file, DType arithmetic) { return build(file, arithmetic, true); }
+std::unique_ptr<Model> Model::load(const Gguf& file, DType arithmetic) { return build(file, arithmetic, false); }
 
-std::unique_ptr<Model> Model::build(const Gguf& file, DType arithmetic, bool copy_embedding) {
+std::unique_ptr<Model> Model::build(const Gguf& file, DType arithmetic, bool file_stays) {
   if (arithmetic != DType::f32 && arithmetic != DType::bf16)
     fail_usage("arithmetic = {}, expected f32 or bf16", name_of(arithmetic));
   const ModelInfo info = read_info(file);
@@ -84,13 +84,13 @@ std::unique_ptr<Model> Model::build(const Gguf& file, DType arithmetic, bool cop
   w.rope_pairs = info.architecture == "llama" ? RopePairs::adjacent : RopePairs::halves;
 
   w.embedding = *file.find("token_embd.weight");
-  if (copy_embedding) {
+  if (!file_stays) {
     w.embedding_bytes.assign(w.embedding.bytes.begin(), w.embedding.bytes.end());
     w.embedding.bytes = w.embedding_bytes;
   }
   w.output_norm = read_vector(file, "output_norm.weight", info.width);
-  w.output = Linear(info.tied_output ? w.embedding : *file.find("output.weight"), arithmetic);
-  for (Index i = 0; i < info.layers; ++i) w.layers.push_back(read_layer(file, info, i, arithmetic));
+  w.output = Linear(info.tied_output ? w.embedding : *file.find("output.weight"), arithmetic, file_stays);
+  for (Index i = 0; i < info.layers; ++i) w.layers.push_back(read_layer(file, info, i, arithmetic, file_stays));
   w.info.weight_bytes = needed;
   return model;
 }

@@ -30,9 +30,9 @@ class Model {
   /// Loads and packs every weight. arithmetic: bf16, or f32. Throws Error for an unsupported
   /// architecture or tensor type (listing those supported), a missing or misshapen tensor, and,
   /// before anything large is allocated, when the estimate exceeds the memory available.
-  /// The file stays mapped: embedding rows are read from it.
+  /// The file stays mapped: embedding rows are read from it, and decoding reads every matrix in its format.
   static std::unique_ptr<Model> load(const std::string& path, DType arithmetic);
-  /// As above from an opened file, which need not outlive the call.
+  /// As above from an opened file, which need not outlive the call: decoding then reads the packed weights.
   static std::unique_ptr<Model> load(const Gguf& file, DType arithmetic);
   ~Model();
 
@@ -47,7 +47,7 @@ class Model {
 
  private:
   Model();
-  static std::unique_ptr<Model> build(const Gguf& file, DType arithmetic, bool copy_embedding);
+  static std::unique_ptr<Model> build(const Gguf& file, DType arithmetic, bool file_stays);
   std::unique_ptr<Weights> weights_;
 };
 

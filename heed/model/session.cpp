@@ -140,6 +140,7 @@ void Session::State::feed(const std::vector<Token>& tokens, Phase phase, bool ke
     hidden_tokens = tokens;
   }
   if (phase == Phase::prefill) forward.begin_prompt(before + n);
+  else forward.begin_decode();
   const Stopwatch watch(total_s);
   try {
     if (by_layers) {

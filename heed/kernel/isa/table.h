@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include "heed/kernel/group_scales.h"
 #include "heed/kernel/kernels.h"
 
 #define HEED_TEXT_OF(name) #name
@@ -19,6 +20,7 @@ namespace heed::HEED_ISA {
 
 #include "heed/kernel/isa/attend.h"
 #include "heed/kernel/isa/gemm.h"
+#include "heed/kernel/isa/row_product.h"
 #include "heed/kernel/isa/select.h"
 #include "heed/kernel/isa/peak.h"
 
@@ -47,6 +49,7 @@ const Kernels table = {
     .pack_keys_f32 = pack_keys_f32,
     .pack_keys_bf16 = pack_keys_bf16,
     .round_bf16 = round_bf16,
+    .row_product = row_product,
     .rms_norm = rms_norm,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,
