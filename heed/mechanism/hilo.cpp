@@ -6,26 +6,14 @@
 #include "heed/mechanism/grids.h"
 #include "heed/mechanism/registry.h"
 #include "heed/plan/grid_tiles.h"
+#include "heed/plan/pyramid.h"
 
 namespace heed::mechanism {
 namespace {
 
-// The means of all windows as a source; a mean stands where the window's last token does.
+// The means of all windows as a source, each weighing as one token.
 Index add_window_means(const Boxes& windows, const KeyValues& input, Plan& plan) {
-  const std::vector<std::int32_t> tokens = windows.tokens();
-  const std::shared_ptr<const KeyValues> means = mean_columns(input, tokens, windows.begins());
-  const auto position = std::make_shared<std::vector<std::int32_t>>();
-  for (Index w = 0; w < windows.count(); ++w)
-    position->push_back(tokens[static_cast<size_t>(windows.begins()[static_cast<size_t>(w) + 1] - 1)]);
-  Source& source = plan.sources.emplace_back();
-  source.layout = means->layout();
-  for (Index head = 0; head < means->heads(); ++head) {
-    SourceView& view = source.views.emplace_back();
-    view.keys = means->keys(head), view.values = means->values(head);
-    view.columns = windows.count(), view.position = position->data();
-  }
-  plan.keep.push_back(means), plan.keep.push_back(position);
-  return static_cast<Index>(plan.sources.size()) - 1;
+  return add_pooled(plan, pool_groups(input, windows.tokens(), windows.begins()), PooledWeight::one);
 }
 
 Plan plan_hilo(const Params& p, const Inputs& in) {
