@@ -13,6 +13,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &power(),
       &hip(),
       &dhsa(),
+      &psa(),
       &dma(),
       &natten(),
       &gna(),

@@ -19,6 +19,7 @@ const Mechanism& natten();
 const Mechanism& gna();
 const Mechanism& hilo();
 const Mechanism& sparsifiner();
+const Mechanism& psa();
 const Mechanism& davit();
 const Mechanism& s2();
 const Mechanism& moa();

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "heed/base/threads.h"
 #include "heed/plan/permute.h"
 
 namespace heed {
@@ -38,6 +39,30 @@ Index add_pooled(Plan& plan, PooledColumns columns, PooledWeight weight) {
   }
   plan.keep.push_back(kept);
   return static_cast<Index>(plan.sources.size()) - 1;
+}
+
+std::vector<float> end_similarity(const KeyValues& kv, Index tokens, Index block, Index size) {
+  const Index blocks = ceil_div(tokens, block), d = kv.layout().d;
+  std::vector<float> similarity(static_cast<size_t>(kv.heads() * blocks), -1);
+  parallel_for(kv.heads() * blocks, [&](Index unit, int) {
+    const Index head = unit / blocks, begin = unit % blocks * block, end = std::min(tokens, begin + block);
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    const auto x = scratch.take<float>(d), y = scratch.take<float>(d);
+    double sum = 0;
+    for (Index t = begin; t + size <= end; t += size) {
+      kv.read_key(head, t, x.data()), kv.read_key(head, t + size - 1, y.data());
+      double xy = 0, xx = 0, yy = 0;
+      for (size_t i = 0; i < x.size(); ++i) {
+        const double a = static_cast<double>(x[i]), b = static_cast<double>(y[i]);
+        xy += a * b, xx += a * a, yy += b * b;
+      }
+      if (xx > 0 && yy > 0) sum += xy / std::sqrt(xx) / std::sqrt(yy);
+    }
+    if (end - begin >= size)
+      similarity[static_cast<size_t>(unit)] = static_cast<float>(sum / static_cast<double>((end - begin) / size));
+  });
+  return similarity;
 }
 
 }  // namespace heed

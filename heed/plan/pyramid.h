@@ -33,4 +33,9 @@ enum class PooledWeight : std::uint8_t { tokens, one };
 /// Returns the source's index.
 Index add_pooled(Plan& plan, PooledColumns columns, PooledWeight weight);
 
+/// How alike the keys are that stand at the ends of a group, [heads · ceil(tokens / block)]: for every block the mean,
+/// over its complete groups of `size` tokens, of the cosine between the first and the last key (0 for a key of zeros);
+/// -1 for a block without such a group. What differs is poorly served by its mean.
+std::vector<float> end_similarity(const KeyValues& kv, Index tokens, Index block, Index size);
+
 }  // namespace heed
