@@ -218,39 +218,55 @@ TEST_CASE("attend: soft caps and addends") {
   });
 }
 
-TEST_CASE("attend: a gate spreads a landmark's weight over its block") {
+TEST_CASE("attend: gates spread the weights of landmarks over their groups") {
+  struct Layout {
+    Index begin;
+    std::vector<Index> gates;
+  };
   for_both([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
-    for (const Index gate : {0, 50, 64, 130, 191}) {
-      const Index rows = 9;
-      B b(k, 32, 16, rows, 3);
-      PanelTask t = b.task();
-      t.gate = gate;
-      std::vector<std::uint64_t> words(static_cast<size_t>(rows * 4));
-      for (std::uint64_t& w : words) w = random_bits();
-      const auto sees = [&](Index row, Index c) {
-        return ((words[static_cast<size_t>(row * 4 + c / 64)] >> (c % 64)) & 1) != 0;
-      };
-      for (Index r = 0; r < rows; ++r) words[static_cast<size_t>(r * 4 + gate / 64)] |= std::uint64_t{1} << (gate % 64);
-      t.words = words.data();
-      b.run(t);
-      // Per row: what the tokens' own log-sum-exp is taken away for, and the landmark's score.
-      std::vector<double> shift(static_cast<size_t>(rows));
-      for (Index r = 0; r < rows; ++r) {
-        double sum = 0, landmark = 0;
-        for (Index c = 0; c < 192; ++c) {
-          double x = 0;
-          for (Index f = 0; f < 32; ++f)
-            x += double(b.q[static_cast<size_t>(r * 32 + f)]) * b.k[static_cast<size_t>(c * 32 + f)];
-          if (c == gate) landmark = x * t.scale;
-          else if (sees(r, c)) sum += std::exp(x * t.scale);
+    for (const Layout& groups : {Layout{0, {50, 101, 152}}, Layout{13, {64, 130, 191}}, Layout{40, {95}}, Layout{0, {191}},
+                                 Layout{64, {66, 70, 75, 81, 98, 113, 114}}, Layout{3, {64, 65}}})
+      for (const int mask : {0, 1, 2})  // none; random tokens, all landmarks; random, landmarks too
+        for (const float softcap : {0.0f, 2.0f}) {
+          const Index rows = 9;
+          B b(k, 32, 16, rows, 3);
+          PanelTask t = b.task();
+          t.softcap = softcap;
+          std::uint64_t gates[3] = {};
+          for (const Index gate : groups.gates) gates[gate / 64] |= std::uint64_t{1} << (gate % 64);
+          t.gates = gates, t.gates_begin = groups.begin;
+          std::vector<std::uint64_t> words(static_cast<size_t>(rows * 4));
+          for (std::uint64_t& w : words) w = random_bits();
+          for (size_t i = 0; mask == 1 && i < words.size(); ++i) words[i] |= i % 4 < 3 ? gates[i % 4] : 0;
+          if (mask != 0) t.words = words.data();
+          const auto sees = [&](Index row, Index c) {
+            return mask == 0 || ((words[static_cast<size_t>(row * 4 + c / 64)] >> (c % 64)) & 1) != 0;
+          };
+          b.run(t);
+          const auto score = [&](double x) { return softcap > 0 ? softcap * std::tanh(x * t.scale / softcap) : x * t.scale; };
+          const auto product = [&](Index r, Index c) {
+            double x = 0;
+            for (Index f = 0; f < 32; ++f)
+              x += double(b.q[static_cast<size_t>(r * 32 + f)]) * b.k[static_cast<size_t>(c * 32 + f)];
+            return x;
+          };
+          // Per row and column: what is added to a score, -inf where it is not attended.
+          std::vector<double> shift(static_cast<size_t>(rows * 192), -INFINITY);
+          for (Index r = 0; r < rows; ++r) {
+            Index begin = groups.begin;
+            for (const Index gate : groups.gates) {
+              double sum = 0;
+              for (Index c = begin; c < gate; ++c) sum += sees(r, c) ? std::exp(score(product(r, c))) : 0;
+              for (Index c = begin; c < gate && sees(r, gate); ++c)
+                if (sees(r, c)) shift[static_cast<size_t>(r * 192 + c)] = score(product(r, gate)) - std::log(sum);
+              begin = gate + 1;
+            }
+          }
+          b.check([&](Index row, Index column, double x) -> double {
+            return score(x) + shift[static_cast<size_t>(row * 192 + column)];
+          });
         }
-        shift[static_cast<size_t>(r)] = landmark - std::log(sum);
-      }
-      b.check([&](Index row, Index column, double x) -> double {
-        return column != gate && sees(row, column) ? x * t.scale + shift[static_cast<size_t>(row)] : -INFINITY;
-      });
-    }
   });
 }
 

@@ -21,7 +21,7 @@ void visible_runs(const Plan& plan, const RowBlock& rows, const Tile& tile, Inde
           .views[static_cast<size_t>(source.per_query_head ? rows.b * p.Hq + rows.head : rows.b * p.Hk + rows.kv_head)];
   const Set& columns = tile.columns;
   const bool plain =
-      view.position == nullptr && view.visible == nullptr && tile.mask.kind != Mask::Kind::bits && tile.gate < 0;
+      view.position == nullptr && view.visible == nullptr && tile.mask.kind != Mask::Kind::bits && !tile.gated;
   if (!plain) {
     for (Index c = 0; c < columns.count; ++c) {
       if (!sees(plan, rows, tile, row_rank, c)) continue;

@@ -29,6 +29,8 @@ std::uint64_t bits_at(const std::uint64_t* row, Index words, Index from) {
   return shift == 0 ? word(i) : (word(i) >> shift) | (word(i + 1) << (64 - shift));
 }
 
+bool has_bit(const std::uint64_t* words, Index i) { return ((words[i / 64] >> (i % 64)) & 1) != 0; }
+
 }  // namespace
 
 // Per row of the tile: the columns [first, end) that its band, the plan's visible interval and the
@@ -123,13 +125,19 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
     }
     return;
   }
-  // Chunks stand at absolute columns, so that a row's bits do not depend on where a tile begins. A
-  // landmark's block must be seen at once.
   const Index first = tile.columns.first, end = first + tile.columns.count;
-  const Index base = tile.gate >= 0 ? first / panel_columns * panel_columns : first / chunk_columns * chunk_columns;
-  if (tile.gate >= 0 && end - base > chunk_columns)
-    fail("block = {}, expected a landmark's block to fit in {} columns", tile.columns.count, chunk_columns - panel_columns);
-  for (Index chunk = base; chunk < end; chunk += chunk_columns)
+  if (tile.gated) {
+    // A group must be seen at once: chunks begin and end with groups, as many as fit from the first one's panel on.
+    for (Index begin = first, stop; begin < end; begin = stop) {
+      const Index base = begin / panel_columns * panel_columns, most = std::min(end, base + chunk_columns);
+      for (stop = most; stop > begin && !has_bit(view.gates, stop - 1);) --stop;
+      if (stop == begin) fail("columns from {} on: no landmark before {}, expected a group to fit", begin, most);
+      if (mine(base)) run_chunk(rows, tile, extent, view, first, begin - first, stop - first, stats);
+    }
+    return;
+  }
+  // Chunks stand at absolute columns, so that a row's bits do not depend on where a tile begins.
+  for (Index chunk = first / chunk_columns * chunk_columns; chunk < end; chunk += chunk_columns)
     if (mine(chunk))
       run_chunk(rows, tile, extent, view, first, std::max(first, chunk) - first,
                 std::min(end, chunk + chunk_columns) - first, stats);
@@ -145,7 +153,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
   const Rule& rule = plan_.rule;
   const bool bits = tile.mask.kind == Mask::Kind::bits;
   const bool additive = !rule.plain() || view.log_weight != nullptr;
-  std::uint64_t words[sub_block * chunk_panels];
+  std::uint64_t words[sub_block * chunk_panels], gates[chunk_panels] = {};
 
   for (Index r0 = 0; r0 < extent.rows; r0 += sub_block) {
     const Index count = std::min(sub_block, extent.rows - r0);
@@ -178,12 +186,24 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
       task.row_list = extent.ranks + r0;
     task.q = rows.q, task.m = rows.m, task.l = rows.l, task.acc = rows.acc;
     task.scale = rule.scale, task.softcap = rule.softcap;
-    if (tile.gate >= 0) task.gate = tile.gate - whole_first;
+    Index landmarks = 0;
+    if (tile.gated) {
+      for (Index p = 0; p < task.panels; ++p) {
+        const Index start = whole_first + p * panel_columns;
+        gates[p] = view.gates[panel0 + p] & bit_range(from - start, to - start);
+        landmarks += std::popcount(gates[p]);
+      }
+      task.gates = gates;
+      task.gates_begin = std::max<Index>(0, from - whole_first);
+    }
 
-    const bool full = all_first <= whole_first && all_end >= whole_end && !bits && view.visible == nullptr && task.gate < 0;
+    // Columns of no group are hidden as such.
+    const bool full = all_first <= (tile.gated ? from : whole_first) && all_end >= (tile.gated ? to : whole_end) &&
+                      !bits && view.visible == nullptr;
     if (!full) {
       task.words = words;
-      if (bits || view.visible != nullptr) pairs = 0;
+      const bool counted = bits || view.visible != nullptr || tile.gated;
+      if (counted) pairs = 0;
       for (Index i = 0; i < count; ++i) {
         const Index a = extent.uniform ? from : std::max<Index>(from, extent.first[static_cast<size_t>(r0 + i)]);
         const Index b = extent.uniform ? to : std::min<Index>(to, extent.end[static_cast<size_t>(r0 + i)]);
@@ -194,7 +214,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
           if (bits)
             word &= bits_at(tile.mask.words + (r0 + i) % tile.rows.count * tile.mask.stride, tile.mask.stride, start);
           words[i * chunk_panels + p] = word;
-          if (bits || view.visible != nullptr) pairs += std::popcount(word);
+          if (counted) pairs += std::popcount(word & ~gates[p]);
         }
       }
       if (pairs == 0) continue;
@@ -217,7 +237,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     else
       kernels().attend_f32(task);
     stats.panels_visited += task.panels;
-    stats.pairs += pairs - (task.gate >= 0 ? count : 0);
+    stats.pairs += pairs - (full ? count * landmarks : 0);
     stats.pairs_computed += count * task.panels * panel_columns;
   }
 }

@@ -39,8 +39,8 @@ bool sees(const Plan& plan, const RowBlock& rows, const Tile& tile, Index row_ra
   const SourceView& view =
       source
           .views[static_cast<size_t>(source.per_query_head ? rows.b * p.Hq + rows.head : rows.b * p.Hk + rows.kv_head)];
-  if (column_rank == tile.gate) return false;
   const Index column = tile.columns[column_rank];
+  if (tile.gated && ((view.gates[column / 64] >> (column % 64)) & 1) != 0) return false;
   if (view.visible != nullptr && ((view.visible[column / 64] >> (column % 64)) & 1) == 0) return false;
   const Index from = rows.position(tile.rows[row_rank]);
   const Index to = view.position == nullptr ? column : view.position[column];

@@ -31,9 +31,12 @@ struct PanelTask {
   float scale = 1, softcap = 0;
   const float* add = nullptr;
   Index add_stride = 0;
-  // gate >= 0: that column (rank in this task) is a landmark. Its score is added to every other
-  // visible column after their log-sum-exp was taken away; the column itself is not attended.
-  Index gate = -1;
+  // gates: null, or bit c of gates[p] says that column c of panel p is a landmark, which closes the group of
+  // columns since the landmark before it, or since column gates_begin. A landmark's score is added to those
+  // of its group's visible columns after their log-sum-exp was taken away; the landmark itself is not
+  // attended, nor is a group whose landmark is hidden, nor a column that no group holds.
+  const std::uint64_t* gates = nullptr;
+  Index gates_begin = 0;
 };
 
 struct Kernels {

@@ -59,7 +59,9 @@ struct Tile {
   Set rows;     // ranks in the row block
   Set columns;  // columns of the source
   Mask mask;
-  Index gate = -1;  // column (rank in `columns`) of a landmark, see PanelTask
+  // The columns, a range, are groups that the source's landmarks close, the last one at its end. As one
+  // softmax, a token's score is s - lse(its group's tokens) + s(its landmark), see PanelTask.
+  bool gated = false;
 };
 
 /// Packed keys and values of one lane's source, with what a column stands for.
@@ -69,6 +71,7 @@ struct SourceView {
   const float* log_weight = nullptr;        // [columns], natural log, or null = 0
   const std::int32_t* position = nullptr;   // [columns], ascending, or null = its rank
   const std::uint64_t* visible = nullptr;   // one bit per column, null = all: padding
+  const std::uint64_t* gates = nullptr;     // one bit per column: the landmarks, for gated tiles
 };
 
 /// Keys and values that tiles may name. The first source is the input itself.
@@ -94,8 +97,8 @@ class Tiles {
  public:
   /// Starts empty; `list` lends its memory, so that a hot loop reuses it.
   Tiles(Scratch& scratch, std::vector<Tile>& list) : scratch_(scratch), tiles_(list) { tiles_.clear(); }
-  void add(const Set& rows, const Set& columns, const Mask& mask, Index source = 0, Index gate = -1) {
-    if (rows.count > 0 && columns.count > 0) tiles_.push_back({source, rows, columns, mask, gate});
+  void add(const Set& rows, const Set& columns, const Mask& mask, Index source = 0, bool gated = false) {
+    if (rows.count > 0 && columns.count > 0) tiles_.push_back({source, rows, columns, mask, gated});
   }
   template <class T>
   std::span<T> take(Index count) { return scratch_.take<T>(count); }

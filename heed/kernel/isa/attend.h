@@ -15,64 +15,58 @@ inline void store_weights(bf16* p, F a, F b) {
 #endif
 inline void store_weights(float* p, F a, F b) { store(p, a), store(p + W, b); }
 
-/// Applies everything but the plain scale to a row of scores, in natural units.
-inline void apply_rule(const PanelTask& t, Index rank, const std::uint64_t* words, float* s, Index columns) {
-  const float* add = t.add == nullptr ? nullptr : t.add + rank * t.add_stride;
-  for (Index j = 0; j < columns; j += W) {
+/// Applies everything but the plain scale to columns [from, to) of a row of scores, in natural units. `add`:
+/// the row's addends, or null.
+inline void apply_rule(const PanelTask& t, const float* add, float* s, Index from, Index to) {
+  for (Index j = from; j < to; j += W) {
     F x = load(s + j) * set1(t.scale);
     if (t.softcap != 0) x = set1(t.softcap) * tanh(x * set1(1 / t.softcap));
     if (add != nullptr) x = x + load(add + j);
     store(s + j, x);
   }
-  if (t.gate < 0) return;
-  // Landmark: inside a block the weights are softmax(tokens) · weight(landmark), so as one softmax
-  // over everything a token's score is s - lse(block's tokens) + s(landmark).
-  float most = minus_infinity;
-  const auto attended = [&](Index j) { return j != t.gate && ((words[j / 64] >> (j % 64)) & 1) != 0; };
-  for (Index j = 0; j < columns; ++j)
-    if (attended(j) && s[j] > most) most = s[j];
-  float sum = 0;
-  for (Index j = 0; j < columns; ++j)
-    if (attended(j)) sum += __builtin_expf(s[j] - most);
-  const float shift = s[t.gate] - (most + __builtin_logf(sum));
-  for (Index j = 0; j < columns; ++j)
-    if (j != t.gate) s[j] += shift;
-  s[t.gate] = minus_infinity;
 }
 
-/// Turns a row of scores into weights and brings the row's (m, l, acc) up to date; `factor` takes
-/// scores to base 2. A row that sees nothing leaves its state alone and gets zero weights.
+/// Masked scores are selected away, never added to: a column without data may hold anything.
+inline F visible_score(const float* s, Index j, const std::uint64_t* words) {
+  return select(static_cast<std::uint32_t>(words[j / 64] >> (j % 64)), load(s + j), set1(minus_infinity));
+}
+
+/// A row has met a score of `most`, base 2: its reference grows with it.
+inline void raise_maximum(float most, float& m, float& l, float* acc, Index dvp) {
+  if (most <= m) return;
+  // The first columns find acc = 0 and l = 0, which no factor changes.
+  if (m != minus_infinity) {
+    const float shrink = __builtin_exp2f(m - most);
+    l *= shrink;
+    for (Index e = 0; e < dvp; e += W) store(acc + e, load(acc + e) * set1(shrink));
+  }
+  m = most;
+}
+
+/// Turns columns [from, to) of a row of scores into weights and brings the row's (m, l, acc) up to date;
+/// `factor` takes scores to base 2. A row that sees nothing leaves its state alone and gets zero weights.
 template <bool fine, class P>
-inline void softmax_row(float* s, P* p, Index columns, float factor, const std::uint64_t* words, float& m, float& l,
-                        float* acc, Index dvp) {
+inline void softmax_row(float* s, P* p, Index from, Index to, float factor, const std::uint64_t* words, float& m,
+                        float& l, float* acc, Index dvp) {
   F top = set1(minus_infinity);
   if (words == nullptr) {
-    for (Index j = 0; j < columns; j += W) top = max(top, load(s + j));
+    for (Index j = from; j < to; j += W) top = max(top, load(s + j));
   } else {
-    // Masked scores are selected away, never added to: a column without data may hold anything.
-    for (Index j = 0; j < columns; j += W) {
-      const F x = select(static_cast<std::uint32_t>(words[j / 64] >> (j % 64)), load(s + j), set1(minus_infinity));
+    for (Index j = from; j < to; j += W) {
+      const F x = visible_score(s, j, words);
       store(s + j, x);
       top = max(top, x);
     }
   }
   const float most = max_lane(top) * factor;
   if (most == minus_infinity) {
-    for (Index j = 0; j < columns; j += 2 * W) store_weights(p + j, zero(), zero());
+    for (Index j = from; j < to; j += 2 * W) store_weights(p + j, zero(), zero());
     return;
   }
-  if (most > m) {
-    // The first columns find acc = 0 and l = 0, which no factor changes.
-    if (m != minus_infinity) {
-      const float shrink = __builtin_exp2f(m - most);
-      l *= shrink;
-      for (Index e = 0; e < dvp; e += W) store(acc + e, load(acc + e) * set1(shrink));
-    }
-    m = most;
-  }
+  raise_maximum(most, m, l, acc, dvp);
   const F reference = set1(-m), f = set1(factor);
   F sum0 = zero(), sum1 = zero();
-  for (Index j = 0; j < columns; j += 2 * W) {
+  for (Index j = from; j < to; j += 2 * W) {
     const F a = exp2<fine>(fma(load(s + j), f, reference)), b = exp2<fine>(fma(load(s + j + W), f, reference));
     sum0 = sum0 + a, sum1 = sum1 + b;
     store_weights(p + j, a, b);
@@ -80,33 +74,136 @@ inline void softmax_row(float* s, P* p, Index columns, float factor, const std::
   l += sum_lanes(sum0 + sum1);
 }
 
+/// The groups of a task: [begin, gate[0]], (gate[0], gate[1]], …, each closed by its landmark.
+struct Groups {
+  Index begin = 0, count = 0;
+  std::int32_t gate[chunk_columns];
+  Index end() const { return count == 0 ? begin : gate[count - 1] + 1; }
+};
+
+inline void list_groups(const PanelTask& t, Groups& groups) {
+  groups.begin = t.gates_begin;
+  for (Index p = 0; p < t.panels; ++p)
+    for (std::uint64_t left = t.gates[p]; left != 0; left &= left - 1)
+      groups.gate[groups.count++] = static_cast<std::int32_t>(p * panel_columns + __builtin_ctzll(left));
+}
+
+/// The first n lanes.
+inline std::uint32_t lanes_below(Index n) { return (std::uint32_t{1} << n) - 1; }
+
+/// As softmax_row, for columns in groups: the landmarks compete in the row's softmax, and what one wins is
+/// shared out by a softmax over the tokens of its group. As one softmax over everything a token's score
+/// is s - lse(group's tokens) + s(landmark); here every exponential is taken once.
+template <bool fine, class P>
+inline void softmax_groups(float* s, P* p, Index from, Index to, float factor, const std::uint64_t* words,
+                           const Groups& groups, float& m, float& l, float* acc, Index dvp) {
+  if (words != nullptr)
+    for (Index j = from; j < to; j += W) store(s + j, visible_score(s, j, words));
+  const auto zeros = [s](Index begin, Index end) {
+    for (Index j = begin; j < end; ++j) s[j] = 0;
+  };
+  const auto begin_of = [&](Index g) {
+    const Index begin = g == 0 ? groups.begin : groups.gate[g - 1] + 1;
+    return begin > from ? begin : from;
+  };
+  // Tokens fill whole vectors and the first lanes of one more.
+  const auto whole_of = [](Index begin, Index gate) { return begin + (gate - begin) / W * W; };
+
+  alignas(64) float weight[chunk_columns + W], highest[chunk_columns];
+  float most = minus_infinity;
+  for (Index g = 0; g < groups.count; ++g) {
+    const Index gate = groups.gate[g], begin = begin_of(g);
+    weight[g] = highest[g] = minus_infinity;
+    if (gate < from || gate >= to || s[gate] == minus_infinity) continue;
+    const Index whole = whole_of(begin, gate);
+    F top = select(lanes_below(gate - whole), load(s + whole), set1(minus_infinity));
+    for (Index j = begin; j < whole; j += W) top = max(top, load(s + j));
+    highest[g] = max_lane(top) * factor;
+    if (highest[g] == minus_infinity) continue;  // no token is seen
+    weight[g] = s[gate] * factor;
+    most = weight[g] > most ? weight[g] : most;
+  }
+  if (most == minus_infinity) {
+    for (Index j = from; j < to; j += 2 * W) store_weights(p + j, zero(), zero());
+    return;
+  }
+  raise_maximum(most, m, l, acc, dvp);
+  for (Index i = 0; i < W; ++i) weight[groups.count + i] = minus_infinity;
+  for (Index g = 0; g < groups.count; g += W) store(weight + g, exp2<fine>(load(weight + g) + set1(-m)));
+
+  const F f = set1(factor);
+  Index done = from;
+  for (Index g = 0; g < groups.count; ++g) {
+    if (weight[g] == 0) continue;  // not seen, or nothing beside others
+    const Index gate = groups.gate[g], begin = begin_of(g), whole = whole_of(begin, gate);
+    zeros(done, begin);
+    const std::uint32_t tail = lanes_below(gate - whole);
+    const F reference = set1(-highest[g]), behind = load(s + whole);
+    const F last = select(tail, exp2<fine>(fma(behind, f, reference)), zero());
+    F sum = last;
+    for (Index j = begin; j < whole; j += W) {
+      const F x = exp2<fine>(fma(load(s + j), f, reference));
+      sum = sum + x;
+      store(s + j, x);
+    }
+    const F share = set1(weight[g] / sum_lanes(sum));
+    for (Index j = begin; j < whole; j += W) store(s + j, load(s + j) * share);
+    store(s + whole, select(tail, last * share, behind));
+    s[gate] = 0;
+    l += weight[g];
+    done = gate + 1;
+  }
+  zeros(done, to);
+  if constexpr (sizeof(P) == 2)
+    for (Index j = from; j < to; j += 2 * W) store_weights(p + j, load(s + j), load(s + j + W));
+}
+
+/// Columns at the ends that no row sees are left out in strips of this many: whole pairs of vectors, so that a
+/// row's sums run the same way whatever the strips, and what a tile of the bf16 product needs.
+template <class T>
+inline constexpr Index strip = W == 16 || sizeof(T) == 2 ? 32 : 16;
+
 template <class T>
 void attend_rows(const PanelTask& t) {
   const Index dp = t.layout.dp, dvp = t.layout.dvp, panel_size = t.layout.panel_elements();
   constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
-  const bool plain = t.softcap == 0 && t.add == nullptr && t.gate < 0 && t.scale > 0;
+  const bool plain = t.softcap == 0 && t.add == nullptr && t.scale > 0;
   begin_products();
-  alignas(64) float scores[group_rows<T> * chunk_columns];
+  alignas(64) float scores[group_rows<T> * chunk_columns + W];  // the last vector of a group may reach beyond
   alignas(64) T weights[sizeof(T) == 2 ? group_rows<T> * chunk_columns : 1];
+  Groups groups;
+  if (t.gates != nullptr) list_groups(t, groups);
 
   for (Index first = 0; first < t.rows; first += group_rows<T>) {
     const Index rows = t.rows - first < group_rows<T> ? t.rows - first : group_rows<T>;
-    // Panels that no row of the group sees are left out at both ends; masks that hide nothing are
-    // dropped. Neither changes a bit: a hidden column has weight zero.
-    Index begin = 0, end = t.panels;
+    // Strips that no row of these sees are left out at both ends; masks that hide nothing are dropped.
+    // Neither changes a bit: a hidden column has weight zero.
+    Index from = 0, to = t.panels * panel_columns;
     bool tested = t.words != nullptr;
     if (tested) {
-      std::uint64_t any[4] = {}, all = ~std::uint64_t{0};
+      std::uint64_t any[4] = {}, hidden = 0;
       for (Index i = first; i < first + rows; ++i)
         for (Index p = 0; p < t.panels; ++p) any[p] |= t.words[i * 4 + p];
+      Index begin = 0, end = t.panels;
       while (begin < end && any[begin] == 0) ++begin;
       while (end > begin && any[end - 1] == 0) --end;
       if (begin == end) continue;
-      for (Index i = first; i < first + rows; ++i)
-        for (Index p = begin; p < end; ++p) all &= t.words[i * 4 + p];
-      tested = ~all != 0 || t.gate >= 0;
+      from = begin * panel_columns + __builtin_ctzll(any[begin]);
+      to = end * panel_columns - __builtin_clzll(any[end - 1]);
+      from = from / strip<T> * strip<T>, to = round_up(to, strip<T>);
+      for (Index p = begin; p < end; ++p) {
+        std::uint64_t inside = ~std::uint64_t{0};
+        if (from > p * panel_columns) inside &= inside << (from - p * panel_columns);
+        if (to < (p + 1) * panel_columns) inside &= ~std::uint64_t{0} >> ((p + 1) * panel_columns - to);
+        for (Index i = first; i < first + rows; ++i) hidden |= inside & ~t.words[i * 4 + p];
+      }
+      tested = hidden != 0;
     }
-    const Index panels = end - begin, columns = panels * panel_columns;
+    if (t.gates != nullptr) {
+      const Index begin = groups.begin / strip<T> * strip<T>, end = round_up(groups.end(), strip<T>);
+      from = begin > from ? begin : from, to = end < to ? end : to;
+      if (from >= to) continue;
+    }
 
     const T* q[group_rows<T>];
     const T* w[group_rows<T>];
@@ -117,29 +214,32 @@ void attend_rows(const PanelTask& t) {
       q[i] = static_cast<const T*>(t.q) + rank[i] * dp;
       acc[i] = t.acc + rank[i] * dvp;
       s[i] = scores + i * chunk_columns;
-      if constexpr (sizeof(T) == 2)
-        w[i] = weights + i * chunk_columns;
-      else
-        w[i] = s[i];
+      if constexpr (sizeof(T) == 2) w[i] = weights + i * chunk_columns + from;
+      else w[i] = s[i] + from;
     }
-    for (Index p = 0; p < panels; ++p) {
-      for (Index i = 0; i < rows; ++i) s_panel[i] = s[i] + p * panel_columns;
-      product<T>(rows, q, static_cast<const T*>(t.k) + (begin + p) * panel_size, panel_columns * pair, dp, panel_columns,
-                 s_panel, false);
+    for (Index column = from; column < to;) {
+      const Index p = column / panel_columns, inner = column % panel_columns;
+      const Index width = (p + 1) * panel_columns < to ? panel_columns - inner : to - column;
+      for (Index i = 0; i < rows; ++i) s_panel[i] = s[i] + column;
+      const T* k = static_cast<const T*>(t.k) + p * panel_size + inner * pair;
+      if (width == panel_columns)  // a constant lets the compiler unroll
+        product<T>(rows, q, k, panel_columns * pair, dp, panel_columns, s_panel, false);
+      else product<T>(rows, q, k, panel_columns * pair, dp, width, s_panel, false);
+      column += width;
     }
     for (Index i = 0; i < rows; ++i) {
-      const std::uint64_t* words = tested ? t.words + (first + i) * 4 + begin : nullptr;
+      const std::uint64_t* words = tested ? t.words + (first + i) * 4 : nullptr;
       float factor = t.scale * log2_e;
       if (!plain) {
-        PanelTask shifted = t;
-        if (t.add != nullptr) shifted.add = t.add + begin * panel_columns;
-        if (t.gate >= 0) shifted.gate = t.gate - begin * panel_columns;
-        apply_rule(shifted, first + i, words, s[i], columns);
+        apply_rule(t, t.add == nullptr ? nullptr : t.add + (first + i) * t.add_stride, s[i], from, to);
         factor = log2_e;
       }
-      softmax_row<sizeof(T) == 4>(s[i], const_cast<T*>(w[i]), columns, factor, words, t.m[rank[i]], t.l[rank[i]], acc[i],
-                                  dvp);
+      constexpr bool fine = sizeof(T) == 4;
+      T* p = const_cast<T*>(w[i]) - from;
+      if (t.gates == nullptr)
+        softmax_row<fine>(s[i], p, from, to, factor, words, t.m[rank[i]], t.l[rank[i]], acc[i], dvp);
+      else softmax_groups<fine>(s[i], p, from, to, factor, words, groups, t.m[rank[i]], t.l[rank[i]], acc[i], dvp);
     }
-    product<T>(rows, w, static_cast<const T*>(t.v) + begin * panel_columns * dvp, dvp * pair, columns, dvp, acc, true);
+    product<T>(rows, w, static_cast<const T*>(t.v) + from * dvp, dvp * pair, to - from, dvp, acc, true);
   }
 }
