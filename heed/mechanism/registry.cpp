@@ -15,6 +15,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &dhsa(),
       &psa(),
       &dma(),
+      &landmark(),
       &natten(),
       &gna(),
       &hilo(),

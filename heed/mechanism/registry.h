@@ -15,6 +15,7 @@ const Mechanism& power();
 const Mechanism& hip();
 const Mechanism& dhsa();
 const Mechanism& dma();
+const Mechanism& landmark();
 const Mechanism& natten();
 const Mechanism& gna();
 const Mechanism& hilo();
