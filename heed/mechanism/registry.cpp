@@ -16,6 +16,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &psa(),
       &dma(),
       &landmark(),
+      &combiner(),
       &natten(),
       &gna(),
       &hilo(),

@@ -16,6 +16,7 @@ const Mechanism& hip();
 const Mechanism& dhsa();
 const Mechanism& dma();
 const Mechanism& landmark();
+const Mechanism& combiner();
 const Mechanism& natten();
 const Mechanism& gna();
 const Mechanism& hilo();

@@ -1,0 +1,16 @@
+// Attention of rows that each see one run of columns: what a region of tokens says of itself.
+#pragma once
+
+#include <span>
+
+#include "heed/plan/summary.h"
+
+namespace heed {
+
+/// o [B, Hq, R, Dv], f32, of queries [B, Hq, R, D], R <= problem.M: row r of every head sees columns
+/// [spans[r].begin, spans[r].end) of `source`, by rank. Cheapest when neighbours see neighbouring columns. A row
+/// that sees nothing gives zeros.
+Tensor attend_spans(const Problem& problem, const Queries& queries, const Source& source, const Rule& rule,
+                    std::span<const BlockRange> spans);
+
+}  // namespace heed

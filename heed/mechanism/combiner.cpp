@@ -1,0 +1,269 @@
+// Combiner: a query meets a few tokens directly and all others through summaries of regions, in one softmax.
+// "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv:2107.05768.
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "heed/base/threads.h"
+#include "heed/exec/spans.h"
+#include "heed/mechanism/registry.h"
+#include "heed/plan/permute.h"
+
+namespace heed::mechanism {
+namespace {
+
+// One column per region and query head. A region is a run of ranks; `order` gives the token of a rank, or is empty
+// (rank = token) as `source` has its columns. Its key is the largest of each feature of its keys; its value
+// softmax(q·k) v over its tokens, with q the largest of each feature of the scaled queries: p(j | region) is the same
+// for every query, so it is computed once. No log-weight: a region counts like one token.
+std::shared_ptr<const KeyValues> summarize(const Inputs& in, const Source& source, std::span<const std::int32_t> order,
+                                           std::span<const BlockRange> regions) {
+  constexpr Index run = 256;
+  const Problem& p = in.problem;
+  const Index count = static_cast<Index>(regions.size()), D = p.D, units = ceil_div(count, run);
+  const float side = in.rule.scale < 0 ? -1.0f : 1.0f;  // the queries are scaled before the maximum is taken
+  Tensor q(DType::f32, {p.B, p.Hq, count, D}), k(DType::f32, {p.B, p.Hq, count, D});
+  parallel_for(p.B * p.Hq * units, [&](Index unit, int) {
+    const Index head = unit / units, b = head / p.Hq, h = head % p.Hq, first = unit % units * run;
+    std::vector<float> row(static_cast<size_t>(D));
+    BlockRange before;
+    for (Index r = first; r < std::min(count, first + run); ++r) {
+      float *most_q = q.as<float>() + (head * count + r) * D, *most_k = k.as<float>() + (head * count + r) * D;
+      const BlockRange region = regions[static_cast<size_t>(r)];
+      const auto fold = [&](Index begin, Index end) {
+        for (Index rank = begin; rank < end; ++rank) {
+          const Index token = order.empty() ? rank : order[static_cast<size_t>(rank)];
+          in.q.read(b, h, token, row.data());
+          for (Index i = 0; i < D; ++i) most_q[i] = std::max(most_q[i], side * row[static_cast<size_t>(i)]);
+          in.kv->read_key(b * p.Hk + h / p.group(), token, row.data());
+          for (Index i = 0; i < D; ++i) most_k[i] = std::max(most_k[i], row[static_cast<size_t>(i)]);
+        }
+      };
+      // A region that holds the one before it (a running maximum) only folds in what is new.
+      if (before.size() > 0 && region.begin <= before.begin && before.end <= region.end) {
+        std::copy_n(most_q - D, D, most_q), std::copy_n(most_k - D, D, most_k);
+        fold(region.begin, before.begin), fold(before.end, region.end);
+      } else {
+        std::fill_n(most_q, D, -std::numeric_limits<float>::infinity());
+        std::fill_n(most_k, D, -std::numeric_limits<float>::infinity());
+        fold(region.begin, region.end);
+      }
+      before = region;
+    }
+    if (side < 0)
+      for (Index i = (head * count + first) * D; i < (head * count + std::min(count, first + run)) * D; ++i)
+        q.as<float>()[i] = -q.as<float>()[i];
+  });
+  Rule rule;
+  rule.scale = in.rule.scale;
+  const Tensor v = attend_spans(p, Queries(q.view(), in.q.arithmetic()), source, rule, regions);
+  const auto summaries = std::make_shared<KeyValues>(p.B * p.Hq, D, p.Dv, count, in.q.arithmetic());
+  summaries->append(k.view(), v.view());
+  return summaries;
+}
+
+// Adds a source whose column c is summary order[c] (-1: none, to be masked), at position[c], that of its last member.
+Index add_summaries(Plan& plan, const KeyValues& summaries, std::span<const std::int32_t> order,
+                    std::vector<std::int32_t> position) {
+  const Index at = static_cast<Index>(plan.sources.size());
+  const std::shared_ptr<const PermutedSource> permuted = permute(summaries, order);
+  const auto positions = std::make_shared<const std::vector<std::int32_t>>(std::move(position));
+  Source& source = plan.sources.emplace_back(permuted->source);
+  source.per_query_head = true;
+  for (SourceView& view : source.views) view.position = positions->data();
+  plan.keep.insert(plan.keep.end(), {permuted, positions});
+  return at;
+}
+
+// Fixed: the own block directly, earlier blocks as regions. Not causal: all of the own block, and every block as a
+// region, the own one too, as released.
+Plan plan_fixed(const Inputs& in, Index block) {
+  const bool causal = in.problem.causal;
+  Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
+  std::vector<BlockRange> regions;
+  std::vector<std::int32_t> order, last;
+  for (Index begin = 0; begin < in.problem.N; begin += block) {
+    order.push_back(static_cast<std::int32_t>(regions.size()));
+    last.push_back(static_cast<std::int32_t>(begin + block - 1));
+    regions.push_back({begin, begin + block});
+  }
+  const Index summaries = add_summaries(plan, *summarize(in, plan.sources[0], {}, regions), order, last);
+  plan.emit = [=, all = static_cast<Index>(regions.size())](const RowBlock& rows, Tiles& tiles) {
+    // A region is earlier than a query's block when its last token is before the query and the query's block is
+    // another: of the own block only the last query could see the last token, and that is itself.
+    tiles.add(Set::range(0, rows.rows), Set::range(0, causal ? rows.position(rows.rows - 1) / block : all),
+              causal ? Mask::band(-Mask::unbounded, -1) : Mask::full(), summaries);
+    for (Index begin = 0, end; begin < rows.rows; begin = end) {
+      const Index own = rows.position(begin) / block;
+      end = std::min(rows.rows, begin + (own + 1) * block - rows.position(begin));
+      const Index columns_end = causal ? rows.position(end - 1) + 1 : (own + 1) * block;
+      tiles.add(Set::range(begin, end), Set::range(own * block, columns_end), causal ? Mask::causal() : Mask::full());
+    }
+  };
+  return plan;
+}
+
+// Logsparse: query i meets itself and, for each bit l of i that is set, the aligned block of 2^l tokens just before
+// its own block of that size: together 0 … i, once each.
+Plan plan_logsparse(const Inputs& in) {
+  // Rows come in blocks of 64. What they see: of levels 1 … 5 the 31 even blocks inside their own 64 positions, and
+  // of each higher level one block, the same for all of them. That fits one panel; level 0 is the input itself.
+  constexpr Index rows_at_once = 64, low_levels = 6, low_columns = 31;
+  const Index N = in.problem.N;
+  Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
+  plan.cut_rows_every(rows_at_once);
+
+  // Even blocks that some query needs; first[l] numbers those of level l, block 2x being first[l] + x.
+  std::vector<BlockRange> regions;
+  std::vector<Index> first(1, 0);
+  for (Index level = 1; (N - 1) >> level > 0; ++level) {
+    const Index size = Index{1} << level;
+    first.push_back(static_cast<Index>(regions.size()));
+    for (Index begin = 0; begin + size < N; begin += 2 * size) regions.push_back({begin, begin + size});
+  }
+  const Index levels = static_cast<Index>(first.size());
+  const auto slot = [](Index level, Index begin) {  // the column, in its rows' panel, of the block that begins there
+    if (level >= low_levels) return low_columns + level - low_levels;
+    return (rows_at_once >> 1) - (rows_at_once >> level) + (begin % rows_at_once >> (level + 1));
+  };
+  std::vector<std::int32_t> order(static_cast<size_t>(round_up(N, rows_at_once)), -1), last(order.size(), 0);
+  for (Index i = 0; i < N; ++i)
+    for (Index level = 1; level < levels; ++level) {
+      if (((i >> level) & 1) == 0) continue;
+      const Index begin = ((i >> level) - 1) << level;
+      const auto column = static_cast<size_t>(i / rows_at_once * rows_at_once + slot(level, begin));
+      order[column] = static_cast<std::int32_t>(first[static_cast<size_t>(level)] + (begin >> (level + 1)));
+      last[column] = static_cast<std::int32_t>(begin + (Index{1} << level) - 1);
+    }
+  const Index summaries =
+      regions.empty() ? 0 : add_summaries(plan, *summarize(in, plan.sources[0], {}, regions), order, last);
+
+  plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
+    const auto own = tiles.take<std::uint64_t>(rows.rows), pooled = tiles.take<std::uint64_t>(rows.rows);
+    const Index begin = rows.position(0);
+    for (Index i = 0; i < rows.rows; ++i) {
+      const auto row = static_cast<size_t>(i);
+      own[row] = std::uint64_t{i % 2 == 0 ? 1u : 3u} << (i - i % 2);  // level 0: the even token before an odd one
+      pooled[row] = 0;
+      for (Index level = 1; level < levels; ++level)
+        if ((((begin + i) >> level) & 1) != 0)
+          pooled[row] |= std::uint64_t{1} << slot(level, (((begin + i) >> level) - 1) << level);
+    }
+    const Set all = Set::range(0, rows.rows);
+    if (summaries != 0)
+      tiles.add(all, Set::range(begin, begin + rows_at_once), Mask::bits(pooled.data(), 1), summaries);
+    tiles.add(all, Set::range(begin, begin + rows.rows), Mask::bits(own.data(), 1));
+  };
+  return plan;
+}
+
+// Mixture: tokens as a matrix of n rows of `block`. Query (r, c) meets (a) its column above it and (b) its row up to
+// itself directly; (c) every other column as the summary of its rows before r; of every row above, the summaries
+// of (d) what is left of column c and (e) what is right of it.
+Plan plan_mixture(const Inputs& in, Index block) {
+  const Index N = in.problem.N, n = N / block;
+  Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
+
+  // Column by column: rank c·n + r is token r·block + c.
+  std::vector<std::int32_t> by_column(static_cast<size_t>(N)), above(by_column), left(by_column), right(by_column);
+  std::vector<std::int32_t> above_last(by_column), left_last(by_column), right_last(by_column);
+  std::vector<BlockRange> above_regions, left_regions, right_regions;
+  for (Index t = 0; t < N; ++t) {
+    const Index r = t / block, c = t % block, from_end = N - 1 - t;
+    const auto rank = static_cast<size_t>(c * n + r), token = static_cast<size_t>(t);
+    by_column[rank] = static_cast<std::int32_t>(t);
+    // Regions grow from one to the next: those right of a column in descending order.
+    above_regions.push_back({t / n * n, t + 1});  // of rank t
+    left_regions.push_back({r * block, t + 1});
+    right_regions.push_back({from_end, (from_end / block + 1) * block});
+    // (c) in the order of tokens: column c of rows 0 … r. (d) and (e) by column, for the query's column c.
+    above[token] = static_cast<std::int32_t>(rank), above_last[token] = static_cast<std::int32_t>(t);
+    left[rank] = static_cast<std::int32_t>(c > 0 ? t - 1 : -1);
+    left_last[rank] = static_cast<std::int32_t>(t - 1);
+    right[rank] = static_cast<std::int32_t>(c + 1 < block ? N - 1 - (t + 1) : -1);
+    right_last[rank] = static_cast<std::int32_t>((r + 1) * block - 1);
+  }
+  const Source input = plan.sources[0];
+  const Index columns = add_permuted(plan, *in.kv, by_column);
+  const Index c_source = add_summaries(
+      plan, *summarize(in, plan.sources[static_cast<size_t>(columns)], by_column, above_regions), above, above_last);
+  const Index d_source = add_summaries(plan, *summarize(in, input, {}, left_regions), left, left_last);
+  const Index e_source = add_summaries(plan, *summarize(in, input, {}, right_regions), right, right_last);
+
+  // A row block holds enough rows of the matrix for a column's queries to share its keys, and a state that a
+  // cache holds.
+  const Index rows_at_once = std::max<Index>(12, 3072 / block / 6 * 6);
+  plan.cut_rows_every(rows_at_once * block);
+  plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
+    const Index r0 = rows.position(0) / block, r1 = r0 + rows.rows / block, words = ceil_div(block, panel_columns);
+    const auto others = tiles.take<std::uint64_t>(block * words);  // every column but the query's
+    std::fill(others.begin(), others.end(), ~std::uint64_t{0});
+    for (Index c = 0; c < block; ++c) others[static_cast<size_t>(c * words + c / 64)] ^= std::uint64_t{1} << (c % 64);
+    for (Index r = r0; r < r1; ++r) {
+      const Set row = Set::range((r - r0) * block, (r - r0 + 1) * block);
+      if (r > 0) tiles.add(row, Set::range((r - 1) * block, r * block), Mask::bits(others.data(), words), c_source);
+      tiles.add(row, Set::range(r * block, (r + 1) * block), Mask::causal());
+    }
+    for (Index c = 0; c < block; ++c) {
+      const auto list = tiles.take<std::int32_t>(r1 - r0);
+      for (Index r = r0; r < r1; ++r)
+        list[static_cast<size_t>(r - r0)] = static_cast<std::int32_t>((r - r0) * block + c);
+      // Rows above: a token of column c there stands at least `block` before the query; what is left of it ends one
+      // earlier, what is right of it ends with its row.
+      const Set above_it = Set::range(c * n, c * n + r1 - 1);
+      tiles.add(Set::list(list), above_it, Mask::band(-Mask::unbounded, -block), columns);
+      if (c > 0) tiles.add(Set::list(list), above_it, Mask::band(-Mask::unbounded, -block - 1), d_source);
+      if (c + 1 < block) tiles.add(Set::list(list), above_it, Mask::band(-Mask::unbounded, -c - 1), e_source);
+    }
+  };
+  return plan;
+}
+
+Plan plan_combiner(const Params& p, const Inputs& in) {
+  const Index block = p.integer("block"), N = in.problem.N;
+  const std::string& variant = p.text("variant");
+  if (variant != "fixed" && !in.problem.causal)
+    fail_usage("combiner: causal = false, expected true with variant = {}", variant);
+  if (variant == "logsparse") return plan_logsparse(in);
+  if (N % block != 0) fail_usage("combiner: block = {}, expected a divisor of N = {}", block, N);
+  return variant == "fixed" ? plan_fixed(in, block) : plan_mixture(in, block);
+}
+
+}  // namespace
+
+const Mechanism& combiner() {
+  static const Mechanism m{
+      .name = "combiner",
+      .title = "Combiner: full attention through summaries",
+      .paper = "arXiv:2107.05768",
+      .year = 2021,
+      .stage = "summarize, select (static), attend",
+      .training = Training::required,
+      .idea =
+          "A query meets a few tokens directly and every other allowed token as part of a region, which counts like "
+          "one\n"
+          "token: a key pooled over the region and a value that the region's own pooled query attends to. fixed: the\n"
+          "own block and earlier blocks; logsparse: aligned blocks of 1, 2, 4, … tokens that make up the past;\n"
+          "mixture: the tokens as rows of `block`, with the own row and column direct, and others as summaries.",
+      .equations =
+          "q_R, k_R = max of each feature of scale·q_j, k_j over j in R;  p(j | R) = softmax over j in R of <q_R, "
+          "k_j>\n"
+          "v_R = sum of p(j | R) v_j\n"
+          "o_i = softmax over direct tokens j and regions R of scale·<q_i, k_j>, scale·<q_i, k_R>, times v_j, v_R",
+      .cost = "multiply-adds times (D + Dv): fixed N·(block/2 + N/(2·block)), logsparse N·log2(N)/2, mixture\n"
+              "1.5·N·(block + N/block); summaries N, N·log2(N)/2 and N·(block + N/(2·block))",
+      .causality = Causality::either,
+      // The summary of a region needs its queries, so all of them must be there.
+      .square = true,
+      .params = {choice("variant", "fixed", {"fixed", "logsparse", "mixture"},
+                        "the regions; logsparse and mixture are causal only"),
+                 integer("block", 128, 1, "tokens per block or row, a divisor of N; logsparse has none")},
+      .extras = {},
+      .not_on_models = "its summaries must be trained with the model",
+      .plan = plan_combiner,
+  };
+  return m;
+}
+
+}  // namespace heed::mechanism
