@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <numeric>
 
 #include "heed/kernel/kernels.h"
@@ -78,11 +79,12 @@ Naive naive_combiner(const Case& c, const Combiner& options) {
   Naive result;
   for (Index b = 0; b < s.B; ++b)
     for (Index h = 0; h < s.Hq; ++h) {
-      std::vector<Vector> q, k;  // scaled queries
+      std::vector<Vector> q, k, v;  // scaled queries
       for (Index j = 0; j < s.N; ++j) {
-        q.emplace_back(), k.emplace_back();
+        q.emplace_back(), k.emplace_back(), v.emplace_back();
         for (Index d = 0; d < s.D; ++d)
           q.back().push_back(scale * c.q_at(b, h, j, d)), k.back().push_back(c.k_at(b, c.kv_head(h), j, d));
+        for (Index e = 0; e < s.Dv; ++e) v.back().push_back(c.v_at(b, c.kv_head(h), j, e));
       }
       const auto largest = [&](const std::vector<Vector>& x, const Tokens& tokens) {
         Vector most(static_cast<size_t>(s.D), -INFINITY);
@@ -90,6 +92,10 @@ Naive naive_combiner(const Case& c, const Combiner& options) {
           for (size_t d = 0; d < most.size(); ++d) most[d] = std::max(most[d], x[static_cast<size_t>(j)][d]);
         return most;
       };
+      struct Summary {
+        Vector key, weights;  // p(j | region)
+      };
+      std::map<Tokens, Summary> summaries;  // the same for every query
       for (Index i = 0; i < s.N; ++i) {
         const Support support = options.support(s.N, i);
         Vector p(static_cast<size_t>(s.N));  // p(j | i), times the denominator
@@ -100,19 +106,22 @@ Naive naive_combiner(const Case& c, const Combiner& options) {
           p[static_cast<size_t>(j)] += w, sum += w;
         }
         for (const Tokens& region : support.regions) {
-          const Vector pooled = largest(q, region);
-          const double w = std::exp(dot(query, largest(k, region)));
-          Vector inside;
-          for (const Index j : region) inside.push_back(std::exp(dot(pooled, k[static_cast<size_t>(j)])));
-          const double all = std::accumulate(inside.begin(), inside.end(), 0.0);
-          for (size_t m = 0; m < region.size(); ++m) p[static_cast<size_t>(region[m])] += w * inside[m] / all;
+          Summary& summary = summaries[region];
+          if (summary.key.empty()) {
+            const Vector pooled = largest(q, region);
+            summary.key = largest(k, region);
+            for (const Index j : region) summary.weights.push_back(std::exp(dot(pooled, k[static_cast<size_t>(j)])));
+            const double all = std::accumulate(summary.weights.begin(), summary.weights.end(), 0.0);
+            for (double& w : summary.weights) w /= all;
+          }
+          const double w = std::exp(dot(query, summary.key));
+          for (size_t m = 0; m < region.size(); ++m) p[static_cast<size_t>(region[m])] += w * summary.weights[m];
           sum += w;
         }
-        for (Index e = 0; e < s.Dv; ++e) {
-          double o = 0;
-          for (Index j = 0; j < s.N; ++j) o += p[static_cast<size_t>(j)] / sum * c.v_at(b, c.kv_head(h), j, e);
-          result.o.push_back(o);
-        }
+        Vector o(static_cast<size_t>(s.Dv));
+        for (size_t j = 0; j < p.size(); ++j)
+          for (size_t e = 0; p[j] != 0 && e < o.size(); ++e) o[e] += p[j] / sum * v[j][e];
+        result.o.insert(result.o.end(), o.begin(), o.end());
         result.lse.push_back(std::log(sum));
         result.pairs += static_cast<Index>(support.direct.size() + support.regions.size());
       }
@@ -129,7 +138,6 @@ void check_combiner(const Case& c, const Combiner& options) {
     const UseIsa use(isa);
     const Got got = run(call, c.input(options.causal));
     CHECK_AGREES(got, want, c);
-    // A region of one token is the token itself, which logsparse meets as such.
     CHECK(got.stats.pairs == want.pairs);
   }
 }
@@ -173,7 +181,7 @@ TEST_CASE("combiner mixture equals its definition") {
     check_combiner(Case(square(200, 8, 2, 64, 80), DType::bf16, arithmetic, Layout::tokens), {"mixture", 20});
     check_combiner(Case(square(1), DType::f32, arithmetic), {"mixture", 1});
   }
-  check_combiner(Case(square(700, 1)), {"mixture", 7});    // several row blocks of the matrix
+  check_combiner(Case(square(3280, 1)), {"mixture", 205});  // several row blocks
   check_combiner(Case(square(990, 1)), {"mixture", 330});  // rows of more than a chunk
 }
 

@@ -2,12 +2,11 @@
 // "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv:2107.05768.
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 
-#include "heed/base/threads.h"
 #include "heed/exec/spans.h"
 #include "heed/mechanism/registry.h"
+#include "heed/plan/largest.h"
 #include "heed/plan/permute.h"
 
 namespace heed::mechanism {
@@ -19,47 +18,14 @@ namespace {
 // for every query, so it is computed once. No log-weight: a region counts like one token.
 std::shared_ptr<const KeyValues> summarize(const Inputs& in, const Source& source, std::span<const std::int32_t> order,
                                            std::span<const BlockRange> regions) {
-  constexpr Index run = 256;
   const Problem& p = in.problem;
-  const Index count = static_cast<Index>(regions.size()), D = p.D, units = ceil_div(count, run);
-  const float side = in.rule.scale < 0 ? -1.0f : 1.0f;  // the queries are scaled before the maximum is taken
-  Tensor q(DType::f32, {p.B, p.Hq, count, D}), k(DType::f32, {p.B, p.Hq, count, D});
-  parallel_for(p.B * p.Hq * units, [&](Index unit, int) {
-    const Index head = unit / units, b = head / p.Hq, h = head % p.Hq, first = unit % units * run;
-    std::vector<float> row(static_cast<size_t>(D));
-    BlockRange before;
-    for (Index r = first; r < std::min(count, first + run); ++r) {
-      float *most_q = q.as<float>() + (head * count + r) * D, *most_k = k.as<float>() + (head * count + r) * D;
-      const BlockRange region = regions[static_cast<size_t>(r)];
-      const auto fold = [&](Index begin, Index end) {
-        for (Index rank = begin; rank < end; ++rank) {
-          const Index token = order.empty() ? rank : order[static_cast<size_t>(rank)];
-          in.q.read(b, h, token, row.data());
-          for (Index i = 0; i < D; ++i) most_q[i] = std::max(most_q[i], side * row[static_cast<size_t>(i)]);
-          in.kv->read_key(b * p.Hk + h / p.group(), token, row.data());
-          for (Index i = 0; i < D; ++i) most_k[i] = std::max(most_k[i], row[static_cast<size_t>(i)]);
-        }
-      };
-      // A region that holds the one before it (a running maximum) only folds in what is new.
-      if (before.size() > 0 && region.begin <= before.begin && before.end <= region.end) {
-        std::copy_n(most_q - D, D, most_q), std::copy_n(most_k - D, D, most_k);
-        fold(region.begin, before.begin), fold(before.end, region.end);
-      } else {
-        std::fill_n(most_q, D, -std::numeric_limits<float>::infinity());
-        std::fill_n(most_k, D, -std::numeric_limits<float>::infinity());
-        fold(region.begin, region.end);
-      }
-      before = region;
-    }
-    if (side < 0)
-      for (Index i = (head * count + first) * D; i < (head * count + std::min(count, first + run)) * D; ++i)
-        q.as<float>()[i] = -q.as<float>()[i];
-  });
   Rule rule;
   rule.scale = in.rule.scale;
-  const Tensor v = attend_spans(p, Queries(q.view(), in.q.arithmetic()), source, rule, regions);
-  const auto summaries = std::make_shared<KeyValues>(p.B * p.Hq, D, p.Dv, count, in.q.arithmetic());
-  summaries->append(k.view(), v.view());
+  const Largest most = largest_features(p, in.q, *in.kv, rule.scale, order, regions);
+  const Tensor v = attend_spans(p, Queries(most.q.view(), in.q.arithmetic()), source, rule, regions);
+  const auto summaries =
+      std::make_shared<KeyValues>(p.B * p.Hq, p.D, p.Dv, static_cast<Index>(regions.size()), in.q.arithmetic());
+  summaries->append(most.k.view(), v.view());
   return summaries;
 }
 
