@@ -10,6 +10,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &dense(),
       &streaming(),
       &moba(),
+      &flash_moba(),
       &power(),
       &hip(),
       &dhsa(),

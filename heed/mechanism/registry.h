@@ -11,6 +11,7 @@ namespace heed::mechanism {
 const Mechanism& dense();
 const Mechanism& streaming();
 const Mechanism& moba();
+const Mechanism& flash_moba();
 const Mechanism& power();
 const Mechanism& hip();
 const Mechanism& dhsa();

@@ -23,14 +23,13 @@ inline void score_rows(const Queries& queries, const RowBlock& rows, Index row, 
   summary.score(head, q, count, ranks, scores, stride);
 }
 
-/// Each row of a row block picks up to `k` past blocks; kept as lists both ways, O(rows · k).
+/// Each row of a row block picks up to `k` blocks; kept as lists both ways, O(rows · k).
 class Choice {
  public:
   /// `blocks` ascend and cover every position. Memory is the scratch's.
   Choice(const RowBlock& rows, std::span<const BlockRange> blocks, Index k, Scratch& scratch)
       : rows_(rows), blocks_(blocks), k_(k), scratch_(scratch) {
     const Index last = block_at(rows.position(rows.rows - 1));
-    past_end_ = last;
     own_ = scratch.take<OwnRows>(std::min(rows.rows, last - block_at(rows.position(0)) + 1));
     size_t n = 0;
     for (Index begin = 0, end; begin < rows.rows; begin = end) {
@@ -50,24 +49,26 @@ class Choice {
            blocks_.begin();
   }
   std::span<const OwnRows> own_blocks() const { return own_; }
-  /// Blocks below this one may have been chosen.
-  Index past_end() const { return past_end_; }
+  /// One past the last block that some row could choose.
+  Index end() const { return end_; }
 
-  /// Lets the rows of `own` pick the best `k` of blocks [first, own.block) by score(row, count,
-  /// blocks, scores, stride), which must fill scores of blocks 0 … blocks-1 for a few rows.
+  /// Lets the rows of `own` pick the best `k` of blocks [first, end) by score(row, count, blocks,
+  /// scores, stride), which must fill scores of blocks 0 … blocks-1 for a few rows.
   template <class Score>
-  void choose(const OwnRows& own, Index first, Ties ties, Score score) {
-    const Index candidates = own.block - first;
+  void choose(const OwnRows& own, Index first, Index end, Ties ties, Score score) {
+    const Index candidates = end - first;
+    end_ = std::max(end_, end);
+    inverted_ = false;
     if (candidates <= 0 || k_ == 0) return;
     constexpr Index rows_at_once = 48;
     const Scratch::Mark mark(scratch_);
-    const Index stride = round_up(own.block, panel_columns);
+    const Index stride = round_up(end, panel_columns);
     // All candidates: nothing to score.
     const bool all = candidates <= k_;
     float* scores = scratch_.take<float>(all ? 1 : rows_at_once * stride).data();
     for (Index begin = own.begin; begin < own.end; begin += rows_at_once) {
       const Index count = std::min(rows_at_once, own.end - begin);
-      if (!all) score(begin, count, own.block, scores, stride);
+      if (!all) score(begin, count, end, scores, stride);
       for (Index i = 0; i < count; ++i) {
         std::int32_t* picked = chosen_.data() + (begin + i) * k_;
         const Index n = choose_top(scores + (all ? 0 : i * stride + first), candidates, k_, ties, picked);
@@ -75,7 +76,6 @@ class Choice {
         counts_[static_cast<size_t>(begin + i)] = static_cast<std::int32_t>(n);
       }
     }
-    inverted_ = false;
   }
 
   /// The rows that chose block b, ascending.
@@ -106,7 +106,7 @@ class Choice {
   void invert() {
     if (inverted_) return;
     inverted_ = true;
-    starts_ = scratch_.take<std::int32_t>(past_end_ + 2);
+    starts_ = scratch_.take<std::int32_t>(end_ + 2);
     std::fill(starts_.begin(), starts_.end(), 0);
     std::int32_t total = 0;
     each([&](Index, std::int32_t b) { ++starts_[static_cast<size_t>(b) + 2], ++total; });
@@ -124,7 +124,7 @@ class Choice {
 
   RowBlock rows_;
   std::span<const BlockRange> blocks_;
-  Index k_, past_end_ = 0;
+  Index k_, end_ = 0;
   Scratch& scratch_;
   std::span<OwnRows> own_;
   std::span<std::int32_t> chosen_, counts_, starts_, members_;

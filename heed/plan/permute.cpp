@@ -76,6 +76,18 @@ Index add_permuted(Plan& plan, const KeyValues& kv, std::span<const std::int32_t
   return static_cast<Index>(plan.sources.size()) - 1;
 }
 
+Index add_keys(Plan& plan, const KeyValues& kv, std::shared_ptr<const KeyValues> keys) {
+  Source& source = plan.sources.emplace_back();
+  source.layout = kv.layout();
+  for (Index head = 0; head < kv.heads(); ++head) {
+    SourceView& view = source.views.emplace_back();
+    view.keys = keys->keys(head), view.values = kv.values(head);
+    view.columns = keys->size();
+  }
+  plan.keep.push_back(std::move(keys));
+  return static_cast<Index>(plan.sources.size()) - 1;
+}
+
 std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<const std::int32_t> tokens,
                                               std::span<const Index> begins) {
   const Index heads = kv.heads(), groups = static_cast<Index>(begins.size()) - 1, d = kv.layout().d,

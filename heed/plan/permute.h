@@ -24,6 +24,11 @@ std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<con
 /// itself, when `order` lists its columns as they stand.
 Index add_permuted(Plan& plan, const KeyValues& kv, std::span<const std::int32_t> order);
 
+/// Adds a source with keys derived from the input's, one for each token, and the input's own values, and keeps
+/// it alive. `keys` has the heads, the head size and the arithmetic of `kv`; its own values, if any, are not
+/// read. Returns the source's index.
+Index add_keys(Plan& plan, const KeyValues& kv, std::shared_ptr<const KeyValues> keys);
+
 /// One column per group of tokens: the mean of their keys and of their values, f32 sums, rounded to
 /// the arithmetic of `kv`. Group g is tokens[begins[g] … begins[g + 1]).
 std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<const std::int32_t> tokens,
