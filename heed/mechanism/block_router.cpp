@@ -35,7 +35,6 @@ Summary mean_of_blocks(const BlockRouter& router, const Inputs& in, const Blocks
 // Scoring takes N · M / block · D multiply-adds (half of it when causal); an emitted block holds O(rows · top_k)
 // indices.
 void route_blocks(const BlockRouter& router, const Inputs& in, const Documents& documents, Plan& plan) {
-  plan.cut_rows_every(1024);  // rows that chose a block share it; their state stays in cache
   const auto blocks = std::make_shared<Blocks>(cut_blocks(documents, router.block));
   Index most = 0;  // nobody can choose more blocks than there are
   for (const std::vector<BlockRange>& batch : *blocks) most = std::max(most, static_cast<Index>(batch.size()));
@@ -43,6 +42,9 @@ void route_blocks(const BlockRouter& router, const Inputs& in, const Documents& 
   const Problem problem = in.problem;
   const bool causal = problem.causal;
   const Index k = std::min(causal ? router.top_k - 1 : router.top_k, most);
+  // Rows that chose a block share its panels: about rows · k / most of them, of which fewer than 64 would cost more
+  // than rows whose state just leaves the second-level cache.
+  plan.cut_rows_every(most > 16 * k ? 2048 : 1024);
   const auto means = std::make_shared<Summary>(k == 0 ? Summary{} : mean_of_blocks(router, in, *blocks));
   plan.keep.push_back(blocks), plan.keep.push_back(means);
 

@@ -11,6 +11,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &streaming(),
       &moba(),
       &flash_moba(),
+      &vmoba(),
       &power(),
       &hip(),
       &dhsa(),

@@ -12,6 +12,7 @@ const Mechanism& dense();
 const Mechanism& streaming();
 const Mechanism& moba();
 const Mechanism& flash_moba();
+const Mechanism& vmoba();
 const Mechanism& power();
 const Mechanism& hip();
 const Mechanism& dhsa();

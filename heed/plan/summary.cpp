@@ -53,6 +53,32 @@ Summary mean_keys(const KeyValues& kv, const Problem& problem, const std::vector
   return s;
 }
 
+Summary mean_keys(const KeyValues& kv, const Problem& problem, std::span<const std::int32_t> tokens,
+                  std::span<const Index> begins) {
+  const Index heads = problem.B * problem.Hk, d = problem.D, blocks = static_cast<Index>(begins.size()) - 1;
+  Summary s{.d = d,
+            .blocks = std::vector<Index>(static_cast<size_t>(heads), blocks),
+            .panels = std::vector<std::vector<float>>(static_cast<size_t>(heads))};
+  parallel_for(heads, [&](Index head, int) {
+    std::vector<float> sum(static_cast<size_t>(d));
+    s.panels[static_cast<size_t>(head)] = pack_means(
+        blocks, d,
+        [&](Index c) {
+          std::fill(sum.begin(), sum.end(), 0.0f);
+          const Index begin = begins[static_cast<size_t>(c)], count = begins[static_cast<size_t>(c) + 1] - begin;
+          const auto block = tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
+          // Tokens that follow each other are summed as a run.
+          for (size_t from = 0, to; from < block.size(); from = to) {
+            for (to = from + 1; to < block.size() && block[to] == block[to - 1] + 1;) ++to;
+            kv.sum_keys(head, block[from], block[to - 1] + 1, sum.data());
+          }
+          return sum.data();
+        },
+        [&](Index c) { return begins[static_cast<size_t>(c) + 1] - begins[static_cast<size_t>(c)]; });
+  });
+  return s;
+}
+
 Summary mean_blocks(const KeyValues& kv, const Problem& problem, Index block) {
   const Index heads = problem.B * problem.Hk, d = problem.D;
   const BlockSums& sums = kv.block_sums(block);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "heed/plan/plan.h"
@@ -29,6 +30,10 @@ struct BlockRange {
 /// Mean keys of `ranges[b]` for every KV head of batch b: head b·Hk + h. f32 sums whatever the
 /// arithmetic, as a rounded mean would flip near-ties.
 Summary mean_keys(const KeyValues& kv, const Problem& problem, const std::vector<std::vector<BlockRange>>& ranges);
+
+/// The same for blocks of listed tokens, equal in all batches: block c is tokens[begins[c] … begins[c + 1]).
+Summary mean_keys(const KeyValues& kv, const Problem& problem, std::span<const std::int32_t> tokens,
+                  std::span<const Index> begins);
 
 /// The same for blocks of `block` tokens from token 0, complete ones only. Sums are kept in `kv`, so
 /// that later calls only add what is new.
