@@ -8,7 +8,7 @@ namespace heed {
 
 Rows load_rows(const Plan& plan, const RowBlock& block, Index heads, const PanelLayout& layout, Scratch& scratch) {
   Rows rows{.block = block, .heads = heads};
-  const Index count = rows.count(), dp = layout.dp, d = layout.d;
+  const Index count = rows.count(), dp = layout.dp;
   rows.m = scratch.take<float>(count).data();
   rows.l = scratch.take<float>(count).data();
   rows.acc = scratch.take<float>(count * layout.dvp).data();
@@ -16,20 +16,10 @@ Rows load_rows(const Plan& plan, const RowBlock& block, Index heads, const Panel
   std::fill_n(rows.l, count, 0.0f);
   std::fill_n(rows.acc, count * layout.dvp, 0.0f);
 
-  const auto token = [&](Index rank) { return block.token(rows.row_of(rank)); };
-  if (layout.dtype == DType::f32) {
-    float* q = scratch.take<float>(count * dp).data();
-    for (Index i = 0; i < count; ++i) plan.queries.read(block.b, rows.head_of(i), token(i), q + i * dp);
-    rows.q = q;
-    return rows;
-  }
-  bf16* q = scratch.take<bf16>(count * dp).data();
-  float* wide = scratch.take<float>(d).data();
-  for (Index i = 0; i < count; ++i) {
-    plan.queries.read(block.b, rows.head_of(i), token(i), wide);
-    kernels().round_bf16(wide, d, q + i * dp);
-    std::fill(q + i * dp + d, q + (i + 1) * dp, bf16{});
-  }
+  const Index bytes = dp * size_of(layout.dtype);
+  auto* q = scratch.take<std::byte>(count * bytes).data();
+  for (Index i = 0; i < count; ++i)
+    plan.queries.read_packed(layout, block.b, rows.head_of(i), block.token(rows.row_of(i)), q + i * bytes);
   rows.q = q;
   return rows;
 }

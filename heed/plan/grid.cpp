@@ -4,6 +4,17 @@
 
 namespace heed {
 
+std::vector<std::int32_t> tokens_by_axes(const Extents& length, const std::array<size_t, 3>& axes) {
+  const Extents step{length[1] * length[2], length[2], 1};
+  std::vector<std::int32_t> tokens;
+  tokens.reserve(static_cast<size_t>(volume(length)));
+  for (Index x = 0; x < length[axes[0]]; ++x)
+    for (Index y = 0; y < length[axes[1]]; ++y)
+      for (Index z = 0; z < length[axes[2]]; ++z)
+        tokens.push_back(static_cast<std::int32_t>(x * step[axes[0]] + y * step[axes[1]] + z * step[axes[2]]));
+  return tokens;
+}
+
 Boxes::Boxes(const Extents& length, const Extents& dilation, const Extents& size)
     : length_(length), dilation_(dilation), size_(size) {
   for (size_t a = 0; a < 3; ++a)

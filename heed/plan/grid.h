@@ -13,6 +13,10 @@ using Extents = std::array<Index, 3>;
 
 inline Index volume(const Extents& e) { return e[0] * e[1] * e[2]; }
 
+/// Every token of the grid once, in the order that has axis axes[0] as its slowest and axes[2] as its fastest:
+/// {0, 1, 2} is the tokens as they stand.
+std::vector<std::int32_t> tokens_by_axes(const Extents& length, const std::array<size_t, 3>& axes);
+
 /// Members [begin, end) of a group of an axis: with dilation d, token x is member x / d of group x % d.
 struct AxisBox {
   Index group = 0, begin = 0, end = 0;

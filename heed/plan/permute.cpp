@@ -1,6 +1,7 @@
 #include "heed/plan/permute.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "heed/base/scratch.h"
 #include "heed/base/threads.h"
@@ -35,8 +36,15 @@ void copy_panel(const PanelLayout& layout, const T* keys, const T* values, std::
 }  // namespace
 
 std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order) {
+  std::vector<std::int32_t> all(static_cast<size_t>(kv.heads()));
+  std::iota(all.begin(), all.end(), 0);
+  return permute(kv, order, all);
+}
+
+std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order,
+                                              std::span<const std::int32_t> chosen) {
   const PanelLayout& layout = kv.layout();
-  const Index heads = kv.heads(), columns = static_cast<Index>(order.size());
+  const Index heads = static_cast<Index>(chosen.size()), columns = static_cast<Index>(order.size());
   auto out = std::make_shared<PermutedSource>();
   out->keys = Tensor(layout.dtype, {heads, layout.key_elements(columns)});
   out->values = Tensor(layout.dtype, {heads, layout.value_elements(columns)});
@@ -52,9 +60,9 @@ std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<con
 
   const Index panels = ceil_div(columns, panel_columns);
   parallel_for(heads * panels, [&](Index unit, int) {
-    const Index head = unit / panels, first = unit % panels * panel_columns;
+    const Index head = unit / panels, first = unit % panels * panel_columns, from = chosen[static_cast<size_t>(head)];
     const auto copy = [&]<class T>(T* keys, T* values) {
-      copy_panel(layout, static_cast<const T*>(kv.keys(head)), static_cast<const T*>(kv.values(head)), order, first,
+      copy_panel(layout, static_cast<const T*>(kv.keys(from)), static_cast<const T*>(kv.values(from)), order, first,
                  keys + head * layout.key_elements(columns), values + head * layout.value_elements(columns));
     };
     if (layout.dtype == DType::bf16) copy(out->keys.as<bf16>(), out->values.as<bf16>());

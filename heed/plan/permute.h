@@ -19,6 +19,9 @@ struct PermutedSource {
 /// Column c of every head is token order[c] of `kv`, at that token's position. -1 gives a column of
 /// zeros, at position 0, that masks must hide. A copy of packed columns: no rounding.
 std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order);
+/// The same for some heads only: view i of the source is head heads[i].
+std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order,
+                                              std::span<const std::int32_t> heads);
 
 /// Adds a permuted source to the plan and keeps it alive. Returns its index, or 0, the input
 /// itself, when `order` lists its columns as they stand.

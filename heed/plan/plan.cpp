@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "heed/kernel/kernels.h"
+
 namespace heed {
 
 void Queries::read(Index b, Index head, Index token, float* out) const {
@@ -9,6 +11,22 @@ void Queries::read(Index b, Index head, Index token, float* out) const {
   read_f32(q_.at({b, head, token}), q_.dtype, q_.stride[3], d, out);
   if (arithmetic_ == DType::bf16 && q_.dtype != DType::bf16)
     for (Index i = 0; i < d; ++i) out[i] = round_to_bf16(out[i]);
+}
+
+void Queries::read_packed(const PanelLayout& layout, Index b, Index head, Index token, void* out) const {
+  if (layout.dtype == DType::f32) {
+    auto* q = static_cast<float*>(out);
+    read(b, head, token, q);
+    std::fill(q + layout.d, q + layout.dp, 0.0f);
+    return;
+  }
+  Scratch& scratch = thread_scratch();
+  const Scratch::Mark mark(scratch);
+  float* wide = scratch.take<float>(layout.d).data();
+  auto* q = static_cast<bf16*>(out);
+  read(b, head, token, wide);
+  kernels().round_bf16(wide, layout.d, q);
+  std::fill(q + layout.d, q + layout.dp, bf16{});
 }
 
 void Plan::cut_rows_every(Index rows) {

@@ -120,6 +120,8 @@ class Queries {
   /// q [B, Hq, N, D], any strides; with bf16 arithmetic f32 values are rounded when read.
   Queries(TensorView q, DType arithmetic) : q_(std::move(q)), arithmetic_(arithmetic) {}
   void read(Index b, Index head, Index token, float* out) const;
+  /// One query as the kernels read it: dp elements of the layout's type, those beyond D zero.
+  void read_packed(const PanelLayout& layout, Index b, Index head, Index token, void* out) const;
   DType arithmetic() const { return arithmetic_; }
   const TensorView& view() const { return q_; }
 
