@@ -8,21 +8,30 @@ ParamSpec grid_spec() {
   return list("grid", "", 1, "lengths of the token grid's axes, row-major; empty: one axis of N tokens");
 }
 
-GridShape read_grid(const Params& p, const Problem& problem) {
+ParamSpec required_grid_spec(const std::string& example) {
+  ParamSpec grid = grid_spec();
+  grid.required = true;
+  grid.help = "lengths of the token grid's axes, row-major, such as " + example;
+  return grid;
+}
+
+GridShape read_grid(const Params& p, const Problem& problem, Index text) {
+  const Index expected = problem.N - text;
   GridShape grid;
   std::vector<Index> lengths = p.list("grid");
-  if (lengths.empty()) lengths = {problem.N};
+  if (lengths.empty()) lengths = {expected};
   grid.text = fmt::format("{}", fmt::join(lengths, "x"));
   grid.axes = static_cast<Index>(lengths.size());
   if (grid.axes > 3) fail_usage("{}: grid = {}, expected 1 … 3 axes", p.owner(), grid.text);
   Index tokens = 1;
   for (Index a = 0; a < grid.axes; ++a) {
     const Index length = lengths[static_cast<size_t>(a)];
-    tokens = length > problem.N / tokens ? problem.N + 1 : tokens * length;  // more than N is all that matters
+    tokens = length > expected / tokens ? expected + 1 : tokens * length;  // more is all that matters
     grid.length[grid.axis(a)] = length;
   }
-  if (tokens != problem.N)
-    fail_usage("{}: grid = {}, expected lengths whose product is N = {}", p.owner(), grid.text, problem.N);
+  if (tokens != expected)
+    fail_usage("{}: grid = {}, expected lengths whose product is N{} = {}", p.owner(), grid.text,
+               text == 0 ? "" : " - text_len", expected);
   return grid;
 }
 

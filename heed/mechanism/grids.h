@@ -17,9 +17,12 @@ struct GridShape {
 
 /// `grid`: the lengths of the axes, such as 30x48x80. Without a default it is one axis of N tokens.
 ParamSpec grid_spec();
+/// `grid`, which must be said; the example, such as 14x14, stands in the help.
+ParamSpec required_grid_spec(const std::string& example);
 
-/// Reads `grid`. Throws UsageError for more than three axes and for a product other than N.
-GridShape read_grid(const Params& p, const Problem& problem);
+/// Reads `grid`. Throws UsageError for more than three axes and for a product other than N, or than N less the
+/// `text` tokens that stand before the grid.
+GridShape read_grid(const Params& p, const Problem& problem, Index text = 0);
 
 /// Reads a list of one value for all axes or one for each; axes that the grid lacks get `missing`. Throws
 /// UsageError for another number of values.

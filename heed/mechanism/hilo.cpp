@@ -50,13 +50,6 @@ Plan plan_hilo(const Params& p, const Inputs& in) {
   return plan;
 }
 
-ParamSpec required_grid() {
-  ParamSpec grid = grid_spec();
-  grid.required = true;
-  grid.help = "lengths of the token grid's axes, row-major, such as 14x14";
-  return grid;
-}
-
 }  // namespace
 
 const Mechanism& hilo() {
@@ -77,7 +70,7 @@ const Mechanism& hilo() {
       .cost = "N·window^2·(D + Dv) multiply-adds a Hi head, N·N/window^2·(D + Dv) a Lo head (two axes)",
       .causality = Causality::refused,
       .square = true,
-      .params = {required_grid(), number("alpha", 0.9, 0, 1, "share of the heads that are Lo"),
+      .params = {required_grid_spec("14x14"), number("alpha", 0.9, 0, 1, "share of the heads that are Lo"),
                  integer("window", 2, 1, "tokens of a window along each axis")},
       .extras = {},
       .not_on_models = "it is not causal, and its windows lie on grids of images",

@@ -27,6 +27,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &s2(),
       &moa(),
       &blockrank(),
+      &paro(),
   };
   return table;
 }

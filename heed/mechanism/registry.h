@@ -28,5 +28,6 @@ const Mechanism& davit();
 const Mechanism& s2();
 const Mechanism& moa();
 const Mechanism& blockrank();
+const Mechanism& paro();
 
 }  // namespace heed::mechanism
