@@ -266,7 +266,10 @@ TEST_CASE("paro keeps more weight than the same mask in natural order, and errs 
             error[which] += std::pow(static_cast<double>(got[which].o[i * 16 + d] - dense.o[i * 16 + d]), 2);
         }
       const double ratio = std::sqrt(error[1] / error[0]);
-      CAPTURE(density), CAPTURE(h), CAPTURE(mass[0]), CAPTURE(ratio);
+      CAPTURE(density);
+      CAPTURE(h);
+      CAPTURE(mass[0]);
+      CAPTURE(ratio);
       CHECK(mass[1] >= mass[0] - 1e-6);
       if (h < 2) CHECK(ratio <= 0.5);
     }

@@ -184,19 +184,14 @@ ParoCalibration calibrate_paro(const ParoOptions& options, const Problem& proble
       chosen[h] = static_cast<std::int32_t>(best_order(orders, out.sparse[h], out.unevenness[h], options.alpha));
   }
 
-  for (std::int32_t o = 0; o < static_cast<std::int32_t>(axis_orders.size()); ++o) {
-    std::vector<std::int32_t> these;
-    for (std::int32_t h = 0; h < static_cast<std::int32_t>(heads); ++h)
-      if (chosen[h] == o) these.push_back(h);
-    if (these.empty()) continue;
-    std::vector<std::vector<float>> masses(static_cast<size_t>(heads));
-    for (const std::int32_t h : these) masses[static_cast<size_t>(h)].assign(static_cast<size_t>(count * count), 0.0f);
-    visit_blocks(sample, o, these, 0, [&](Index h, Index at, Index, std::span<const BlockWeight> weights) {
-      float* const row = masses[static_cast<size_t>(h)].data() + at * count;
+  std::vector<float> masses(static_cast<size_t>(count * count));  // of one head at a time
+  for (std::int32_t h = 0; h < static_cast<std::int32_t>(heads); ++h) {
+    std::fill(masses.begin(), masses.end(), 0.0f);
+    visit_blocks(sample, chosen[h], {&h, 1}, 0, [&](Index, Index at, Index, std::span<const BlockWeight> weights) {
+      float* const row = masses.data() + at * count;
       for (Index j = 0; j < count; ++j) row[j] += static_cast<float>(weights[static_cast<size_t>(j)].mass());
     });
-    for (const std::int32_t h : these)
-      keep_blocks(options, problem.N, masses[static_cast<size_t>(h)], out.mask.as<std::uint8_t>() + h * count * count);
+    keep_blocks(options, problem.N, masses, out.mask.as<std::uint8_t>() + h * count * count);
   }
   return out;
 }
