@@ -94,11 +94,47 @@ struct alignas(128) Tally {
   double emit_s = 0;
 };
 
+// Emits the tiles of every unit, calls carry_out(unit, split, block, tiles, stats, scratch) with them, and sums what that
+// counted.
+template <class CarryOut>
+AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
+  const double start = now();
+  std::vector<Tally> tallies(static_cast<size_t>(threads()));
+  parallel_for(u.count(), [&](Index unit, int thread) {
+    // Later blocks see more columns when causal, so they go first; splits of a block side by side.
+    const Index split = unit % u.splits, lane = unit / u.splits % u.lanes;
+    const Index cut = u.blocks - 1 - unit / u.splits / u.lanes;
+    Tally& tally = tallies[static_cast<size_t>(thread)];
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    const RowBlock block = block_of(plan, u, lane, cut);
+
+    const double emit_start = now();
+    thread_local std::vector<Tile> reused;
+    Tiles tiles(scratch, reused);
+    plan.emit(block, tiles);
+    tally.emit_s += now() - emit_start;
+    if (split == 0) tally.stats.tiles_planned += static_cast<Index>(tiles.list().size());
+    carry_out((lane * u.blocks + cut) * u.splits + split, split, block, tiles.list(), tally.stats, scratch);
+  });
+  AttendStats stats;
+  double emit_s = 0;
+  for (const Tally& t : tallies) stats += t.stats, emit_s += t.emit_s;
+  const double wall = now() - start;
+  stats.plan_s = std::min(wall, emit_s / static_cast<double>(std::max<Index>(1, std::min<Index>(threads(), u.count()))));
+  stats.attend_s = wall - stats.plan_s;
+  return stats;
+}
+
+// Chunks that one split holds.
+Index chunks_of_split(const Units& u) { return u.splits > 1 ? split_chunks : std::numeric_limits<Index>::max(); }
+
 }  // namespace
 
 AttendStats& AttendStats::operator+=(const AttendStats& o) {
   tiles_planned += o.tiles_planned, tiles_visited += o.tiles_visited, panels_visited += o.panels_visited;
   pairs += o.pairs, pairs_computed += o.pairs_computed;
+  rows_visited += o.rows_visited, columns_gathered += o.columns_gathered, panels_read += o.panels_read;
   scratch_bytes = std::max(scratch_bytes, o.scratch_bytes);
   plan_s += o.plan_s, attend_s += o.attend_s;
   return *this;
@@ -114,7 +150,6 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
   const double start = now();
   const Units u = units_of(plan);
   const PanelLayout& layout = plan.sources.at(0).layout;
-  std::vector<Tally> tallies(static_cast<size_t>(threads()));
 
   // Splits leave their state here; the first split's is the row's own.
   struct Part {
@@ -136,34 +171,20 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
         }
   }
 
-  parallel_for(u.count(), [&](Index unit, int thread) {
-    // Later blocks see more columns when causal, so they go first; splits of a block side by side.
-    const Index split = unit % u.splits, lane = unit / u.splits % u.lanes;
-    const Index cut = u.blocks - 1 - unit / u.splits / u.lanes;
-    Tally& tally = tallies[static_cast<size_t>(thread)];
-    Scratch& scratch = thread_scratch();
-    const Scratch::Mark mark(scratch);
-    const RowBlock block = block_of(plan, u, lane, cut);
-
-    const double emit_start = now();
-    thread_local std::vector<Tile> reused;
-    Tiles tiles(scratch, reused);
-    plan.emit(block, tiles);
-    tally.emit_s += now() - emit_start;
-    if (split == 0) tally.stats.tiles_planned += static_cast<Index>(tiles.list().size());
-
+  const auto carry_out = [&](Index unit, Index split, const RowBlock& block, const std::vector<Tile>& tiles,
+                             AttendStats& counted, Scratch& scratch) {
     Rows rows = load_rows(plan, block, u.heads, layout, scratch);
     if (u.splits > 1) {
-      const Part& part = parts[static_cast<size_t>((lane * u.blocks + cut) * u.splits + split)];
+      const Part& part = parts[static_cast<size_t>(unit)];
       std::copy_n(rows.m, rows.count(), part.m);
       std::copy_n(rows.l, rows.count(), part.l);
       std::copy_n(rows.acc, rows.count() * layout.dvp, part.acc);
       rows.m = part.m, rows.l = part.l, rows.acc = part.acc;
     }
-    Traversal traversal(plan, scratch);
-    traversal.run(rows, tiles.list(), split, u.splits > 1 ? split_chunks : std::numeric_limits<Index>::max(), tally.stats);
+    Traversal(plan, scratch).run(rows, tiles, split, chunks_of_split(u), counted);
     if (u.splits == 1) finish(plan, rows, layout, target);
-  });
+  };
+  AttendStats stats = run_units(plan, u, carry_out);
 
   if (u.splits > 1)
     for (Index unit = 0; unit < u.lanes * u.blocks; ++unit) {
@@ -174,14 +195,20 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
       finish(plan, rows, layout, target);
     }
 
-  AttendStats stats;
-  double emit_s = 0;
-  for (const Tally& t : tallies) stats += t.stats, emit_s += t.emit_s;
-  const double wall = now() - start;
-  stats.plan_s = std::min(wall, emit_s / static_cast<double>(std::max<Index>(1, std::min<Index>(threads(), u.count()))));
-  stats.attend_s = wall - stats.plan_s;
+  stats.attend_s = now() - start - stats.plan_s;
   stats.scratch_bytes = scratch_bytes();
   return stats;
+}
+
+AttendStats rehearse(const Plan& plan) {
+  const Units u = units_of(plan);
+  const auto count = [&](Index, Index split, const RowBlock& block, const std::vector<Tile>& tiles, AttendStats& counted,
+                         Scratch& scratch) {
+    Rows rows;
+    rows.block = block, rows.heads = u.heads;
+    Traversal(plan, scratch, Traversal::Arithmetic::none).run(rows, tiles, split, chunks_of_split(u), counted);
+  };
+  return run_units(plan, u, count);
 }
 
 }  // namespace heed

@@ -12,6 +12,9 @@ struct AttendStats {
   Index panels_visited = 0;  // (row sub-block × 64-column panel) calls of the kernel
   Index pairs = 0;           // (query row, key) pairs attended, summed over heads
   Index pairs_computed = 0;  // pairs whose product was computed, masked ones included
+  Index rows_visited = 0;    // (row, chunk of 256 columns) pairs, each of which takes up a row's query and state
+  Index columns_gathered = 0;  // listed columns that were packed first, by every row block that lists them
+  Index panels_read = 0;     // panels of keys and values that row blocks fetched; their sub-blocks share them
   Index scratch_bytes = 0;   // most scratch in use at once, all threads
   double plan_s = 0, attend_s = 0;  // wall seconds: deciding (emit included), and attending
 
@@ -31,6 +34,10 @@ struct AttendTarget {
   float* lse = nullptr;                              // [B, Hq, R] contiguous
 };
 AttendStats attend(const Plan& plan, const AttendTarget& target);
+
+/// What attend would count, without arithmetic on scores: every row block emits its tiles, and the traversal goes
+/// through them as if. The seconds are the rehearsal's own.
+AttendStats rehearse(const Plan& plan);
 
 /// The plan walked without arithmetic: visits every tile of every row block, in order, from one
 /// thread. `heads` of a block that share its tiles are visited once.

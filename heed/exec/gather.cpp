@@ -66,12 +66,17 @@ void gather(const PanelLayout& layout, const SourceView& view, const Set& column
 
 SourceView gather_columns(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from, Index count,
                           Scratch& scratch) {
-  SourceView piece;
-  piece.columns = count;
+  SourceView piece = describe_columns(view, columns, from, count, scratch);
   if (layout.dtype == DType::bf16)
     gather<bf16>(layout, view, columns, from, count, scratch, piece);
   else
     gather<float>(layout, view, columns, from, count, scratch, piece);
+  return piece;
+}
+
+SourceView describe_columns(const SourceView& view, const Set& columns, Index from, Index count, Scratch& scratch) {
+  SourceView piece;
+  piece.columns = count;
   if (view.log_weight != nullptr) {
     float* w = scratch.take<float>(count).data();
     for (Index i = 0; i < count; ++i) w[i] = view.log_weight[columns[from + i]];

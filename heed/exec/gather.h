@@ -10,6 +10,9 @@ namespace heed {
 SourceView gather_columns(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from, Index count,
                           Scratch& scratch);
 
+/// The same without keys and values, for those who only count.
+SourceView describe_columns(const SourceView& view, const Set& columns, Index from, Index count, Scratch& scratch);
+
 /// What the rule adds to the scores of one row: ALiBi, bias and log-weights, natural units, for
 /// `count` columns from rank `first` on; 0 where the tile has no such column. `origin`: the rank
 /// that the view's column 0 has.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 
 #include "heed/base/error.h"
 #include "heed/exec/gather.h"
@@ -120,7 +121,10 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
       if (!mine(from)) continue;
       const Scratch::Mark mark(scratch_);
       const Index count = std::min(chunk_columns, tile.columns.count - from);
-      const SourceView piece = gather_columns(source.layout, view, tile.columns, from, count, scratch_);
+      const SourceView piece = arithmetic_ == Arithmetic::none
+                                   ? describe_columns(view, tile.columns, from, count, scratch_)
+                                   : gather_columns(source.layout, view, tile.columns, from, count, scratch_);
+      stats.columns_gathered += count;
       run_chunk(rows, tile, extent, piece, from, from, from + count, stats);
     }
     return;
@@ -154,6 +158,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
   const bool bits = tile.mask.kind == Mask::Kind::bits;
   const bool additive = !rule.plain() || view.log_weight != nullptr;
   std::uint64_t words[sub_block * chunk_panels], gates[chunk_panels] = {};
+  Index read_first = std::numeric_limits<Index>::max(), read_end = 0;  // panels that some sub-block meets
 
   for (Index r0 = 0; r0 < extent.rows; r0 += sub_block) {
     const Index count = std::min(sub_block, extent.rows - r0);
@@ -177,8 +182,6 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     PanelTask task;
     task.layout = layout;
     task.panels = panel1 - panel0;
-    task.k = static_cast<const std::byte*>(view.keys) + panel0 * layout.panel_elements() * element;
-    task.v = static_cast<const std::byte*>(view.values) + panel0 * panel_columns * layout.dvp * element;
     task.rows = count;
     if (extent.ranks == nullptr)
       task.first_row = extent.rank0 + r0;
@@ -220,7 +223,16 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
       if (pairs == 0) continue;
     }
 
+    stats.panels_visited += task.panels;
+    stats.pairs += pairs - (full ? count * landmarks : 0);
+    stats.pairs_computed += count * task.panels * panel_columns;
+    stats.rows_visited += count;
+    read_first = std::min(read_first, panel0), read_end = std::max(read_end, panel1);
+    if (arithmetic_ == Arithmetic::none) continue;
+
     const Scratch::Mark mark(scratch_);
+    task.k = static_cast<const std::byte*>(view.keys) + panel0 * layout.panel_elements() * element;
+    task.v = static_cast<const std::byte*>(view.values) + panel0 * panel_columns * layout.dvp * element;
     if (additive) {
       const Index columns = task.panels * panel_columns;
       const bool per_row = !rule.alibi.empty() || !rule.bias.empty();
@@ -236,10 +248,8 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
       kernels().attend_bf16(task);
     else
       kernels().attend_f32(task);
-    stats.panels_visited += task.panels;
-    stats.pairs += pairs - (full ? count * landmarks : 0);
-    stats.pairs_computed += count * task.panels * panel_columns;
   }
+  stats.panels_read += std::max<Index>(0, read_end - read_first);
 }
 
 }  // namespace heed

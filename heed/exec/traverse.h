@@ -11,7 +11,10 @@ namespace heed {
 /// other tiles there are, so a row's bits do not depend on what the block's other rows see.
 class Traversal {
  public:
-  Traversal(const Plan& plan, Scratch& scratch) : plan_(plan), scratch_(scratch) {}
+  /// Without arithmetic a traversal only counts, and rows need neither queries nor state.
+  enum class Arithmetic : std::uint8_t { all, none };
+  Traversal(const Plan& plan, Scratch& scratch, Arithmetic arithmetic = Arithmetic::all)
+      : plan_(plan), scratch_(scratch), arithmetic_(arithmetic) {}
 
   /// Visits every chunk of every tile that belongs to the split.
   void run(const Rows& rows, const std::vector<Tile>& tiles, Index split, Index split_chunks, AttendStats& stats);
@@ -25,6 +28,7 @@ class Traversal {
 
   const Plan& plan_;
   Scratch& scratch_;
+  Arithmetic arithmetic_;
   Index split_ = 0, split_chunks_ = 1;
 };
 
