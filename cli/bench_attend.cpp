@@ -12,6 +12,7 @@
 #include "cli/options.h"
 #include "heed/base/random.h"
 #include "heed/base/threads.h"
+#include "heed/exec/cost.h"
 #include "heed/kernel/kernels.h"
 #include "heed/mechanism/attend.h"
 #include "heed/model/safetensors.h"
@@ -78,7 +79,7 @@ std::optional<double> error_of(const Plan& plan, const float* o) {
   bool gated = false;
   walk(plan, [&](const RowBlock& block, const std::vector<Tile>& tiles) {
     for (const Tile& tile : tiles) {
-      gated = gated || tile.gate >= 0;
+      gated = gated || tile.gated;
       const Source& source = plan.sources[static_cast<size_t>(tile.source)];
       const PanelLayout& layout = source.layout;
       const SourceView& view = source.views[static_cast<size_t>(
@@ -120,11 +121,12 @@ std::optional<double> error_of(const Plan& plan, const float* o) {
 // One mechanism timed: planning and attending. Checks and packing, which every mechanism pays alike, stand apart.
 struct Timing {
   double best_s = 0, median_s = 0, plan_s = 0, pack_s = 0, density = 0, flops = 0;
+  double predicted_s = 0;  // of attending, by the cost model
   AttendStats stats;
   std::optional<double> error;
 };
 
-Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat) {
+Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat, const Machine& machine) {
   Timing t;
   std::vector<double> seconds;
   Tensor o;
@@ -141,6 +143,7 @@ Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat) {
     const AttendStats stats = attend(plan, {o.as<float>(), p.Hq * r * p.Dv, r * p.Dv, p.Dv, nullptr});
     if (i == 0) {  // warm-up
       t.error = error_of(plan, o.as<float>());
+      t.predicted_s = predict(plan, machine).seconds;
       continue;
     }
     seconds.push_back(plan_s + stats.plan_s + stats.attend_s);
@@ -157,16 +160,17 @@ Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat) {
 class Bench {
  public:
   explicit Bench(const Options& o)
-      : o_(o), peaks_{peak_of(kernels().peak_f32, threads()), peak_of(kernels().peak_bf16, threads())} {
+      : o_(o), peaks_(peaks()),
+        machine_{.isa = "", .f32_flops = peaks_.f32, .bf16_flops = peaks_.bf16, .read_bytes = bandwidth(threads())} {
     fill(o, tensors_);
     const Shape &q = tensors_.input.q.shape, &k = tensors_.input.k.shape;
     json_ = {{"isa", kernels().name}, {"threads", threads()}, {"length", q.at(2)},      {"heads", q.at(1)},
              {"kv_heads", k.at(1)},   {"head_size", q.at(3)}, {"f32_peak", peaks_.f32}, {"bf16_peak", peaks_.bf16}};
     if (quiet()) return;
     fmt::print("{}, {} threads, q {}, k {}; peaks: f32 {:.0f} GF/s, bf16 {:.0f} GF/s\n\n"
-               "{:<44}{:>6}{:>10}{:>10}{:>9}{:>8}{:>9}{:>9}{:>10}{:>10}\n",
+               "{:<44}{:>6}{:>10}{:>10}{:>9}{:>8}{:>9}{:>9}{:>10}{:>10}{:>11}\n",
                kernels().name, threads(), to_string(q), to_string(k), peaks_.f32 * 1e-9, peaks_.bf16 * 1e-9, "", "",
-               "best s", "median s", "GF/s", "% peak", "plan %", "density", "t/dense·ρ", "error");
+               "best s", "median s", "GF/s", "% peak", "plan %", "density", "t/dense·ρ", "error", "predicted");
   }
 
   void run(DType dtype) {
@@ -182,6 +186,16 @@ class Bench {
     }
   }
 
+  /// The cost model's median error over all that was timed.
+  void conclude() {
+    if (off_.empty()) return;
+    std::sort(off_.begin(), off_.end());
+    json_["median_prediction_error"] = off_[off_.size() / 2];
+    if (!quiet())
+      fmt::print("\npredicted: seconds of attending by the cost model beside those measured; median error {:.0f} %\n",
+                 100 * off_[off_.size() / 2]);
+  }
+
   const Json& json() const { return json_; }
 
  private:
@@ -195,16 +209,19 @@ class Bench {
     std::erase_if(in.extra, [&](const auto& extra) {
       return std::none_of(m.extras.begin(), m.extras.end(), [&](const ExtraSpec& e) { return e.name == extra.first; });
     });
-    const Timing t = time_of(call, in, o_.repeat);
+    const Timing t = time_of(call, in, o_.repeat, machine_);
     const double rate = t.flops / t.best_s, peak = dtype == DType::bf16 && peaks_.bf16 > 0 ? peaks_.bf16 : peaks_.f32;
     if (call.name == "dense") dense_s_[causal] = t.best_s;
     const auto dense = dense_s_.find(causal);
     const double excess = dense == dense_s_.end() ? 0 : t.best_s / (dense->second * t.density);
+    const double attend_s = t.best_s - t.plan_s, off = t.predicted_s / attend_s - 1;
+    off_.push_back(std::abs(off));
     const std::string name = causal ? text : text + " (full)";
     if (!quiet())
-      fmt::print("{:<44}{:>6}{:>10.4f}{:>10.4f}{:>9.0f}{:>8.1f}{:>9.1f}{:>9.4f}{:>10}{:>10}\n", name, name_of(dtype),
-                 t.best_s, t.median_s, rate * 1e-9, 100 * rate / peak, 100 * t.plan_s / t.best_s, t.density,
-                 excess > 0 ? fmt::format("{:.2f}", excess) : "-", t.error ? fmt::format("{:.1e}", *t.error) : "-");
+      fmt::print("{:<44}{:>6}{:>10.4f}{:>10.4f}{:>9.0f}{:>8.1f}{:>9.1f}{:>9.4f}{:>10}{:>10}{:>+9.0f} %\n", name,
+                 name_of(dtype), t.best_s, t.median_s, rate * 1e-9, 100 * rate / peak, 100 * t.plan_s / t.best_s,
+                 t.density, excess > 0 ? fmt::format("{:.2f}", excess) : "-",
+                 t.error ? fmt::format("{:.1e}", *t.error) : "-", 100 * off);
     json_["results"].push_back({{"mechanism", text},
                                 {"causal", causal},
                                 {"dtype", name_of(dtype)},
@@ -212,6 +229,7 @@ class Bench {
                                 {"median_s", t.median_s},
                                 {"plan_s", t.plan_s},
                                 {"pack_s", t.pack_s},
+                                {"predicted_attend_s", t.predicted_s},
                                 {"flops_per_s", rate},
                                 {"share_of_peak", rate / peak},
                                 {"density", t.density},
@@ -224,6 +242,8 @@ class Bench {
 
   const Options& o_;
   Peaks peaks_;
+  Machine machine_;
+  std::vector<double> off_;
   Tensors tensors_;
   Json json_;
   std::map<bool, double> dense_s_;  // by causality
@@ -235,6 +255,7 @@ void bench_attend(Options o) {
   Bench bench(o);
   for (DType dtype : {DType::f32, DType::bf16})
     if (o.dtype == "both" || o.dtype == name_of(dtype)) bench.run(dtype);
+  bench.conclude();
   write_json(o.json, bench.json());
 }
 

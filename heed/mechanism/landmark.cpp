@@ -97,11 +97,12 @@ Plan plan_retrieved(const Inputs& in, const std::shared_ptr<const Blocks>& block
   plan.emit = [=, blocks = blocks.get(), keys = keys.get()](const RowBlock& rows, Tiles& tiles) {
     Choice choice(rows, blocks->ranges, top_k, tiles.scratch());
     for (const OwnRows& own : choice.own_blocks())
-      choice.choose(own, 0, Ties::lower, [&](Index row, Index count, Index ranks, float* scores, Index stride) {
-        score_rows(queries, rows, row, count, *keys, rows.b * heads + rows.kv_head, ranks, scores, stride,
-                   tiles.scratch());
-      });
-    for (Index b = 0; b < choice.past_end(); ++b) {
+      choice.choose(own, 0, own.block, Ties::lower,
+                    [&](Index row, Index count, Index ranks, float* scores, Index stride) {
+                      score_rows(queries, rows, row, count, *keys, rows.b * heads + rows.kv_head, ranks, scores, stride,
+                                 tiles.scratch());
+                    });
+    for (Index b = 0; b < choice.end(); ++b) {
       const BlockRange& range = blocks->ranges[static_cast<size_t>(b)];
       tiles.add(Set::list(choice.rows_of(b)), Set::range(range.begin, range.end), Mask::full(), 0, true);
     }
