@@ -61,6 +61,16 @@ struct Kernels {
   void (*pack_keys_f32)(const float* x, Index ldx, Index columns, Index d, Index d_padded, float* panel);
   void (*pack_keys_bf16)(const float* x, Index ldx, Index columns, Index d, Index d_padded, bf16* panel);
 
+  // Folds one row's scores of columns first … first + n - 1 into their blocks of `block` columns: per block b (of
+  // all columns) the running maximum[b] of factor·score (base 2, -inf = nothing seen) and sum[b] of
+  // 2^(factor·score - maximum[b]). Blocks of one column have no sum (null) and are written, not folded. scores
+  // must be readable up to n + 15.
+  void (*fold_blocks)(const float* scores, Index n, Index first, Index block, float factor, float* maximum, float* sum);
+  // A row's blocks 0 … n-1 (n a multiple of 16) at last: with m and l of the whole row, 2^(maximum[b] - m) / l is
+  // folded into largest[b] by maximum, sum[b] times that added to mass[b]; either may be null, sum null = ones.
+  // Overwrites maximum. A row that saw nothing changes nothing.
+  void (*weigh_blocks)(float* maximum, const float* sum, Index n, float* largest, float* mass);
+
   // Rounds n floats to bf16, nearest even.
   void (*round_bf16)(const float* x, Index n, bf16* out);
 

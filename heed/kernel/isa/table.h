@@ -19,6 +19,7 @@ namespace heed::HEED_ISA {
 #include "heed/kernel/isa/product.h"
 
 #include "heed/kernel/isa/attend.h"
+#include "heed/kernel/isa/blocks.h"
 #include "heed/kernel/isa/gemm.h"
 #include "heed/kernel/isa/row_product.h"
 #include "heed/kernel/isa/select.h"
@@ -48,6 +49,8 @@ const Kernels table = {
     .gemm_bf16 = bf16_kernel(gemm<bf16>),
     .pack_keys_f32 = pack_keys_f32,
     .pack_keys_bf16 = pack_keys_bf16,
+    .fold_blocks = fold_blocks,
+    .weigh_blocks = weigh_blocks,
     .round_bf16 = round_bf16,
     .row_product = row_product,
     .rms_norm = rms_norm,
