@@ -134,7 +134,8 @@ CheckedCall check(const MechanismCall& call, const AttendInput& in) {
   Problem p = check_tensors(in);
   p.causal = resolve_causality(m, in.causal);
   if (p.causal && p.N > p.M) fail("q: {} queries, expected at most the {} keys when causal", p.N, p.M);
-  if (m.square && p.N != p.M)
+  const bool decoding = p.N == 1 && m.decodes != nullptr && m.decodes(params);
+  if (m.square && p.N != p.M && !decoding)
     fail("{}: {} queries and {} keys, expected as many of one as of the other", m.name, p.N, p.M);
   if (in.arithmetic != DType::f32 && in.arithmetic != DType::bf16)
     fail_usage("dtype = {}, expected f32 or bf16", name_of(in.arithmetic));

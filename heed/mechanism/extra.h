@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "heed/base/tensor.h"
+#include "heed/kernel/panels.h"
 
 namespace heed::mechanism {
 
@@ -14,6 +15,19 @@ inline std::vector<float> values_of(const TensorView& x) {
   for (Index i = 0; i < rows; ++i)
     read_f32(x.rank() == 2 ? x.at({i}) : x.data, x.dtype, x.stride.back(), columns, values.data() + i * columns);
   return values;
+}
+
+/// Matrix i of a stack x [·, k, n] of real numbers, packed as the right factor of a product: f32 panels of 64 columns.
+inline std::vector<float> matrix_panels(const TensorView& x, Index i) {
+  const Index k = x.shape[1], n = x.shape[2];
+  std::vector<float> panels(static_cast<size_t>(round_up(n, panel_columns) * k)), row(static_cast<size_t>(n));
+  for (Index f = 0; f < k; ++f) {
+    read_f32(x.at({i, f}), x.dtype, x.stride[2], n, row.data());
+    for (Index c = 0; c < n; ++c)
+      panels[static_cast<size_t>((c / panel_columns * k + f) * panel_columns + c % panel_columns)] =
+          row[static_cast<size_t>(c)];
+  }
+  return panels;
 }
 
 }  // namespace heed::mechanism

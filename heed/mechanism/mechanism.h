@@ -75,6 +75,9 @@ struct Mechanism {
   std::string cost;                // one line
   Causality causality = Causality::either;
   bool square = false;             // M = N required
+  /// A square one may have a rule of its own for a step of decoding, one query after all keys (N = 1 < M): whether it
+  /// has with these parameters. Null or false: such steps are dense attention's.
+  bool (*decodes)(const Params& params) = nullptr;
   std::vector<ParamSpec> params;
   std::vector<ExtraSpec> extras;
   /// Why it cannot replace attention in a causal language model, or empty.

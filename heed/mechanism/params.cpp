@@ -123,6 +123,12 @@ ParamSpec number(std::string name, double fallback, double least, double most, s
   return s;
 }
 
+ParamSpec share(std::string name, double fallback, std::string help) {
+  ParamSpec s = number(std::move(name), fallback, 0, 1, std::move(help));
+  s.above_least = true;
+  return s;
+}
+
 ParamSpec boolean(std::string name, bool fallback, std::string help) {
   return spec(std::move(name), ParamKind::boolean, fallback ? "true" : "false", std::move(help));
 }

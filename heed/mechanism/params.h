@@ -29,6 +29,8 @@ struct ParamSpec {
 ParamSpec integer(std::string name, Index fallback, Index least, std::string help);
 ParamSpec integer(std::string name, Index fallback, Index least, Index most, std::string help);
 ParamSpec number(std::string name, double fallback, double least, double most, std::string help);
+/// A number above 0, at most 1.
+ParamSpec share(std::string name, double fallback, std::string help);
 ParamSpec boolean(std::string name, bool fallback, std::string help);
 ParamSpec choice(std::string name, std::string fallback, std::vector<std::string> choices, std::string help);
 /// "5x6x7" or one number; per-axis values.

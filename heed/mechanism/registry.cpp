@@ -19,6 +19,8 @@ const std::vector<const Mechanism*>& mechanisms() {
       &dma(),
       &landmark(),
       &combiner(),
+      &proxy_attn(),
+      &seer_attention(),
       &natten(),
       &gna(),
       &hilo(),

@@ -19,6 +19,8 @@ const Mechanism& dhsa();
 const Mechanism& dma();
 const Mechanism& landmark();
 const Mechanism& combiner();
+const Mechanism& proxy_attn();
+const Mechanism& seer_attention();
 const Mechanism& natten();
 const Mechanism& gna();
 const Mechanism& hilo();

@@ -154,11 +154,6 @@ Plan plan_sparsifiner(const Params& p, const Inputs& in) {
   return plan;
 }
 
-ParamSpec share(ParamSpec spec) {
-  spec.above_least = true;
-  return spec;
-}
-
 }  // namespace
 
 const Mechanism& sparsifiner() {
@@ -182,7 +177,7 @@ const Mechanism& sparsifiner() {
       .cost = "N·r·D + N·coef_top_k·N multiply-adds to predict, N·N·(D + Dv) to attend (keep·N² pairs count)",
       .causality = Causality::refused,
       .square = true,
-      .params = {share(number("keep", 0.25, 0, 1, "share of the keys that a query keeps")),
+      .params = {share("keep", 0.25, "share of the keys that a query keeps"),
                  integer("coef_top_k", 8, 1, "patterns that a query combines; at most the columns of w_dn"),
                  number("basis_threshold", 0.02, 0, 1e300, "smaller entries of |w_up| count as zero"),
                  boolean("drop_zero", false, "keep only keys with a positive guess"),

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <limits>
 #include <new>
 
 #include "heed/base/error.h"
@@ -37,6 +38,7 @@ KeyValues::KeyValues(Index heads, Index d, Index dv, Index capacity, DType arith
 Index KeyValues::bytes() const {
   Index sum = heads_ * (layout_.key_elements(size_) + layout_.value_elements(size_)) * size_of(layout_.dtype);
   for (const auto& [block, sums] : sums_) sum += static_cast<Index>(sums.sums.size() * sizeof(float));
+  for (const auto& [block, bounds] : bounds_) sum += static_cast<Index>(bounds.bounds.size() * sizeof(float));
   return sum + heads_ * rows_complete_ * layout_.dp * size_of(layout_.dtype);
 }
 
@@ -105,6 +107,7 @@ void KeyValues::append(const TensorView& k, const TensorView& v) {
 void KeyValues::truncate(Index size) {
   size_ = std::min(size_, std::max<Index>(size, 0));
   for (auto& [block, sums] : sums_) sums.complete = std::min(sums.complete, size_ / block);
+  for (auto& [block, bounds] : bounds_) bounds.complete = std::min(bounds.complete, size_ / block);
   rows_complete_ = std::min(rows_complete_, size_);
 }
 
@@ -143,23 +146,60 @@ void KeyValues::sum_keys(Index head, Index begin, Index end, float* sum) const {
   }
 }
 
-const BlockSums& KeyValues::block_sums(Index block) const {
-  BlockSums& s = sums_[block];
-  const Index complete = size_ / block, d = layout_.d;
-  if (s.block == 0) {
-    s.block = block;
-    s.capacity = capacity_ / block;
-    s.sums.assign(static_cast<size_t>(heads_ * s.capacity * d), 0);
+void KeyValues::bound_keys(Index head, Index begin, Index end, float* most, float* least) const {
+  for (Index from = begin; from < end;) {
+    const Index to = std::min(end, round_up(from + 1, panel_columns)), count = to - from;
+    for (Index i = 0; i < layout_.d; ++i) {
+      const Index at = layout_.key_offset(from, i);
+      float high = most[i], low = least[i];
+      const auto meet = [&](float x) { high = std::max(high, x), low = std::min(low, x); };
+      if (layout_.dtype == DType::f32) {
+        const float* p = static_cast<const float*>(keys(head)) + at;
+        for (Index c = 0; c < count; ++c) meet(p[c]);
+      } else {
+        const bf16* p = static_cast<const bf16*>(keys(head)) + at;
+        for (Index c = 0; c < count; ++c) meet(to_f32(p[2 * c]));
+      }
+      most[i] = high, least[i] = low;
+    }
+    from = to;
   }
-  const Index fresh = complete - s.complete;
+}
+
+// Fills the `width` values of every block that became complete by fill(head, begin, end, values).
+template <class Blocks, class Fill>
+void KeyValues::complete_blocks(Index block, Index width, Blocks& blocks, std::vector<float>& values, Fill fill) const {
+  if (blocks.block == 0) {
+    blocks.block = block;
+    blocks.capacity = capacity_ / block;
+    values.assign(static_cast<size_t>(heads_ * blocks.capacity * width), 0);
+  }
+  const Index complete = size_ / block, fresh = complete - blocks.complete;
   if (fresh > 0)
     parallel_for(heads_ * fresh, [&](Index unit, int) {
-      const Index head = unit / fresh, b = s.complete + unit % fresh;
-      float* sum = s.sums.data() + (head * s.capacity + b) * d;
-      std::fill(sum, sum + d, 0.0f);
-      sum_keys(head, b * block, (b + 1) * block, sum);
+      const Index head = unit / fresh, b = blocks.complete + unit % fresh;
+      fill(head, b * block, (b + 1) * block, values.data() + (head * blocks.capacity + b) * width);
     });
-  s.complete = complete;
+  blocks.complete = complete;
+}
+
+const BlockSums& KeyValues::block_sums(Index block) const {
+  BlockSums& s = sums_[block];
+  complete_blocks(block, layout_.d, s, s.sums, [&](Index head, Index begin, Index end, float* sum) {
+    std::fill_n(sum, layout_.d, 0.0f);
+    sum_keys(head, begin, end, sum);
+  });
+  return s;
+}
+
+const BlockBounds& KeyValues::block_bounds(Index block) const {
+  BlockBounds& s = bounds_[block];
+  const Index d = layout_.d;
+  complete_blocks(block, 2 * d, s, s.bounds, [&](Index head, Index begin, Index end, float* bounds) {
+    std::fill_n(bounds, d, -std::numeric_limits<float>::infinity());
+    std::fill_n(bounds + d, d, std::numeric_limits<float>::infinity());
+    bound_keys(head, begin, end, bounds, bounds + d);
+  });
   return s;
 }
 

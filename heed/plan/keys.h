@@ -18,6 +18,13 @@ struct BlockSums {
   std::vector<float> sums;
 };
 
+/// The largest and the least of each feature of the keys of complete blocks, per head: of block b of head h d largest
+/// and then d least ones, at bounds[(h·capacity + b)·2·d].
+struct BlockBounds {
+  Index block = 0, complete = 0, capacity = 0;
+  std::vector<float> bounds;
+};
+
 /// Keys as rows in the layout's type: token t of head h starts at data + (h·capacity + t)·dp elements.
 struct KeyRows {
   const std::byte* data = nullptr;
@@ -59,11 +66,20 @@ class KeyValues {
   /// that were summed before are not read again. Not thread-safe: call it before parallel work.
   const BlockSums& block_sums(Index block) const;
 
+  /// Raises most [d] and lowers least [d] to the keys of tokens [begin, end) of one head.
+  void bound_keys(Index head, Index begin, Index end, float* most, float* least) const;
+
+  /// Bounds of the keys of every complete block of `block` tokens, kept and brought up to date like block_sums.
+  const BlockBounds& block_bounds(Index block) const;
+
   /// The keys once more, as rows: a key's features lie apart in a panel, which is slow for those who
   /// look at single keys. Kept from the first call on, brought up to date by each. Not thread-safe.
   KeyRows key_rows() const;
 
  private:
+  template <class Blocks, class Fill>
+  void complete_blocks(Index block, Index width, Blocks& blocks, std::vector<float>& values, Fill fill) const;
+
   struct Free {
     Index bytes;
     void operator()(std::byte* p) const;
@@ -74,6 +90,7 @@ class KeyValues {
   Index head_bytes_k_ = 0, head_bytes_v_ = 0;
   std::unique_ptr<std::byte, Free> memory_k_, memory_v_;
   mutable std::map<Index, BlockSums> sums_;
+  mutable std::map<Index, BlockBounds> bounds_;
   mutable std::unique_ptr<std::byte, Free> memory_rows_;
   mutable Index rows_complete_ = 0;  // tokens in memory_rows_
 };
