@@ -107,26 +107,33 @@ void SlidingTiles::emit(const RowBlock& rows, Tiles& tiles) const {
       }
 }
 
-OwnBoxTiles::OwnBoxTiles(const Boxes& boxes) : tokens_(boxes.tokens()), row_begins_(boxes.begins()) {
+BoxColumns lay_out(const Boxes& boxes) {
+  BoxColumns out;
+  const std::vector<std::int32_t> tokens = boxes.tokens();
+  const auto fill_panel = [&] {
+    out.tokens.resize(static_cast<size_t>(round_up(static_cast<Index>(out.tokens.size()), panel_columns)), -1);
+  };
   for (Index b = 0; b < boxes.count(); ++b) {
-    const Index begin = row_begins_[static_cast<size_t>(b)], end = row_begins_[static_cast<size_t>(b) + 1];
-    // A box that would reach over the end of a panel starts a new one, and a row block.
-    const Index used = static_cast<Index>(columns_.size()) % panel_columns;
-    const auto fill_panel = [&] {
-      columns_.resize(static_cast<size_t>(round_up(static_cast<Index>(columns_.size()), panel_columns)), -1);
-    };
+    const Index begin = boxes.begins()[static_cast<size_t>(b)], end = boxes.begins()[static_cast<size_t>(b) + 1];
+    const Index used = static_cast<Index>(out.tokens.size()) % panel_columns;
     if (used + end - begin > panel_columns) fill_panel();
-    if (columns_.size() % panel_columns == 0) cuts_.push_back(begin);
-    column_begins_.push_back(static_cast<Index>(columns_.size()));
-    columns_.insert(columns_.end(), tokens_.begin() + begin, tokens_.begin() + end);
+    out.begins.push_back(static_cast<Index>(out.tokens.size()));
+    out.tokens.insert(out.tokens.end(), tokens.begin() + begin, tokens.begin() + end);
     if (end - begin > panel_columns) fill_panel();
   }
+  return out;
+}
+
+OwnBoxTiles::OwnBoxTiles(const Boxes& boxes)
+    : tokens_(boxes.tokens()), row_begins_(boxes.begins()), columns_(lay_out(boxes)) {
+  for (size_t b = 0; b < columns_.begins.size(); ++b)  // boxes that share a panel share a row block
+    if (columns_.begins[b] % panel_columns == 0) cuts_.push_back(row_begins_[b]);
   cuts_.push_back(static_cast<Index>(tokens_.size()));
 }
 
 void OwnBoxTiles::prepare(Plan& plan, const KeyValues& kv) {
   order_rows(plan, tokens_, cuts_);
-  source_ = add_permuted(plan, kv, columns_);
+  source_ = add_permuted(plan, kv, columns_.tokens);
 }
 
 void OwnBoxTiles::emit(const RowBlock& rows, Tiles& tiles) const {
@@ -135,7 +142,7 @@ void OwnBoxTiles::emit(const RowBlock& rows, Tiles& tiles) const {
   };
   const size_t first = box_at(rows.first), last = box_at(rows.first + rows.rows - 1);
   const auto size = [&](size_t b) { return row_begins_[b + 1] - row_begins_[b]; };
-  const Index begin = column_begins_[first], end = column_begins_[last] + size(last);
+  const Index begin = columns_.begins[first], end = columns_.begins[last] + size(last);
   const Set all = Set::range(0, rows.rows), columns = Set::range(begin, end);
   if (first == last) {
     tiles.add(all, columns, Mask::full(), source_);
@@ -143,7 +150,7 @@ void OwnBoxTiles::emit(const RowBlock& rows, Tiles& tiles) const {
   }
   std::uint64_t* words = tiles.take<std::uint64_t>(rows.rows).data();  // several boxes lie in one panel
   for (size_t b = first; b <= last; ++b) {
-    const std::uint64_t own = low_bits(size(b)) << (column_begins_[b] - begin);
+    const std::uint64_t own = low_bits(size(b)) << (columns_.begins[b] - begin);
     std::fill_n(words + row_begins_[b] - rows.first, size(b), own);
   }
   tiles.add(all, columns, Mask::bits(words, 1), source_);

@@ -38,6 +38,14 @@ class SlidingTiles {
   std::array<std::vector<std::uint64_t>, 3> before_;  // [axis][x, words]: the slots whose member is below x
 };
 
+/// Boxes as columns, one after the other, so that each touches as few panels as it can: one that would reach
+/// over the end of a panel starts a new one, and so does the one after a box of more than a panel.
+struct BoxColumns {
+  std::vector<std::int32_t> tokens;  // -1 where a panel is left unfilled
+  std::vector<Index> begins;         // the first column of each box
+};
+BoxColumns lay_out(const Boxes& boxes);
+
 /// Tokens that see their own box of the grid and nothing else. Small boxes share a row block and a panel
 /// of columns, so that tiles stay large.
 class OwnBoxTiles {
@@ -49,8 +57,9 @@ class OwnBoxTiles {
   void emit(const RowBlock& rows, Tiles& tiles) const;
 
  private:
-  std::vector<std::int32_t> tokens_, columns_;  // row order; column order, -1 where a panel is left unfilled
-  std::vector<Index> row_begins_, column_begins_;  // per box, and the end
+  std::vector<std::int32_t> tokens_;  // row order
+  std::vector<Index> row_begins_;     // per box, and the end
+  BoxColumns columns_;
   std::vector<Index> cuts_;
   Index source_ = 0;
 };

@@ -29,8 +29,9 @@ std::vector<float> pack_means(Index count, Index d, Sums sums, Tokens tokens) {
 
 }  // namespace
 
-void Summary::score(Index head, const float* q, Index rows, Index count, float* scores, Index stride) const {
-  kernels().gemm_f32(rows, count, d, q, d, panels[static_cast<size_t>(head)].data(), scores, stride, false);
+void Summary::score(Index head, const float* q, Index rows, Index count, float* scores, Index stride,
+                    bool accumulate) const {
+  kernels().gemm_f32(rows, count, d, q, d, panels[static_cast<size_t>(head)].data(), scores, stride, accumulate);
 }
 
 Summary mean_keys(const KeyValues& kv, const Problem& problem, const std::vector<std::vector<BlockRange>>& ranges) {
@@ -79,10 +80,35 @@ Summary mean_keys(const KeyValues& kv, const Problem& problem, std::span<const s
   return s;
 }
 
+Tensor mean_queries(const Queries& queries, const Problem& problem, std::span<const std::int32_t> tokens,
+                    std::span<const Index> begins) {
+  const Index groups = static_cast<Index>(begins.size()) - 1, d = problem.D;
+  Tensor means(DType::f32, {problem.B, problem.Hq, groups, d});
+  constexpr Index at_once = 16;
+  const Index runs = ceil_div(groups, at_once);
+  parallel_for(problem.B * problem.Hq * runs, [&](Index unit, int) {
+    const Index head = unit / runs, first = unit % runs * at_once;
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    float* x = scratch.take<float>(d).data();
+    for (Index g = first; g < std::min(first + at_once, groups); ++g) {
+      float* mean = means.as<float>() + (head * groups + g) * d;
+      const Index begin = begins[static_cast<size_t>(g)], end = begins[static_cast<size_t>(g) + 1];
+      for (Index t = begin; t < end; ++t) {
+        queries.read(head / problem.Hq, head % problem.Hq, tokens[static_cast<size_t>(t)], x);
+        for (Index i = 0; i < d; ++i) mean[i] += x[i];
+      }
+      for (Index i = 0; i < d; ++i) mean[i] /= static_cast<float>(end - begin);
+    }
+  });
+  return means;
+}
+
 Summary mean_blocks(const KeyValues& kv, const Problem& problem, Index block) {
   const Index heads = problem.B * problem.Hk, d = problem.D;
   const BlockSums& sums = kv.block_sums(block);
-  Summary s{.d = d, .blocks = std::vector<Index>(static_cast<size_t>(heads), sums.complete),
+  Summary s{.d = d,
+            .blocks = std::vector<Index>(static_cast<size_t>(heads), sums.complete),
             .panels = std::vector<std::vector<float>>(static_cast<size_t>(heads))};
   for (Index head = 0; head < heads; ++head)
     s.panels[static_cast<size_t>(head)] = pack_means(

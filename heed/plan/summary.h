@@ -17,8 +17,9 @@ struct Summary {
   std::vector<std::vector<float>> panels;   // per head: key panels of f32 vectors
 
   /// scores[i·stride + j] = <q_i, summary_j> for `rows` rows q [rows, d] and the head's blocks
-  /// 0 … count-1. stride >= count rounded up to 64. Not scaled: scores only rank.
-  void score(Index head, const float* q, Index rows, Index count, float* scores, Index stride) const;
+  /// 0 … count-1, or added to what stands there. stride >= count rounded up to 64. Not scaled: scores only rank.
+  void score(Index head, const float* q, Index rows, Index count, float* scores, Index stride,
+             bool accumulate = false) const;
 };
 
 /// Token ranges; blocks of a batch ascend and do not overlap.
@@ -31,11 +32,15 @@ struct BlockRange {
 /// arithmetic, as a rounded mean would flip near-ties.
 Summary mean_keys(const KeyValues& kv, const Problem& problem, const std::vector<std::vector<BlockRange>>& ranges);
 
-/// The same for blocks of listed tokens, equal in all batches: block c is tokens[begins[c] … begins[c + 1]).
+/// The same for groups of listed tokens, equal in all batches: group g is tokens[begins[g] … begins[g + 1]).
 Summary mean_keys(const KeyValues& kv, const Problem& problem, std::span<const std::int32_t> tokens,
                   std::span<const Index> begins);
 
-/// The same for blocks of `block` tokens from token 0, complete ones only. Sums are kept in `kv`, so
+/// Mean queries of such groups, [B, Hq, groups, D], f32.
+Tensor mean_queries(const Queries& queries, const Problem& problem, std::span<const std::int32_t> tokens,
+                    std::span<const Index> begins);
+
+/// Mean keys for blocks of `block` tokens from token 0, complete ones only. Sums are kept in `kv`, so
 /// that later calls only add what is new.
 Summary mean_blocks(const KeyValues& kv, const Problem& problem, Index block);
 
