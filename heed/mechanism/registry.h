@@ -31,5 +31,6 @@ const Mechanism& s2();
 const Mechanism& moa();
 const Mechanism& blockrank();
 const Mechanism& paro();
+const Mechanism& biformer();
 
 }  // namespace heed::mechanism
