@@ -7,7 +7,7 @@
 #include <random>
 
 #include "heed/plan/curve.h"
-#include "heed/plan/levels.h"
+#include "heed/plan/level_rule.h"
 #include "heed/plan/pyramid.h"
 #include "support/naive.h"
 

@@ -10,7 +10,7 @@
 
 #include "heed/mechanism/registry.h"
 #include "heed/plan/importance.h"
-#include "heed/plan/levels.h"
+#include "heed/plan/level_rule.h"
 #include "heed/plan/pyramid.h"
 
 namespace heed::mechanism {

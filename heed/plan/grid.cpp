@@ -3,6 +3,31 @@
 #include <algorithm>
 
 namespace heed {
+namespace {
+
+// The tokens of a cube of 2^m a side that starts at `at`, without those beyond the grid.
+void append_morton(const Extents& length, const Extents& at, Index side, std::vector<std::int32_t>& order) {
+  if (at[0] >= length[0] || at[1] >= length[1] || at[2] >= length[2]) return;
+  if (side == 1) {
+    order.push_back(static_cast<std::int32_t>((at[0] * length[1] + at[1]) * length[2] + at[2]));
+    return;
+  }
+  const Index half = side / 2;
+  for (Index corner = 0; corner < 8; ++corner)
+    append_morton(length, {at[0] + (corner >> 2) * half, at[1] + (corner >> 1 & 1) * half, at[2] + (corner & 1) * half},
+                  half, order);
+}
+
+}  // namespace
+
+std::vector<std::int32_t> morton_order(const Extents& length) {
+  Index side = 1;
+  while (side < std::max({length[0], length[1], length[2]})) side *= 2;
+  std::vector<std::int32_t> order;
+  order.reserve(static_cast<size_t>(volume(length)));
+  append_morton(length, {0, 0, 0}, side, order);
+  return order;
+}
 
 std::vector<std::int32_t> tokens_by_axes(const Extents& length, const std::array<size_t, 3>& axes) {
   const Extents step{length[1] * length[2], length[2], 1};

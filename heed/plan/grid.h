@@ -17,6 +17,10 @@ inline Index volume(const Extents& e) { return e[0] * e[1] * e[2]; }
 /// {0, 1, 2} is the tokens as they stand.
 std::vector<std::int32_t> tokens_by_axes(const Extents& length, const std::array<size_t, 3>& axes);
 
+/// Every token of a grid once, in Morton (Z) order: 2^m tokens of each axis that start at multiples of 2^m stand
+/// side by side, so that a run of tokens is a compact patch. Lengths need not be powers of two.
+std::vector<std::int32_t> morton_order(const Extents& length);
+
 /// Members [begin, end) of a group of an axis: with dilation d, token x is member x / d of group x % d.
 struct AxisBox {
   Index group = 0, begin = 0, end = 0;

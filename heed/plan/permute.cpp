@@ -101,8 +101,9 @@ std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<con
   const Index heads = kv.heads(), groups = static_cast<Index>(begins.size()) - 1, d = kv.layout().d,
               dv = kv.layout().dv;
   Tensor k(DType::f32, {heads, groups, d}), v(DType::f32, {heads, groups, dv});
-  constexpr Index at_once = 64;
-  const Index runs = ceil_div(groups, at_once);
+  // Some 2048 tokens are a unit of work, however large the groups are.
+  const Index tokens_each = std::max<Index>(1, begins.back() / std::max<Index>(1, groups));
+  const Index at_once = std::clamp<Index>(2048 / tokens_each, 1, 64), runs = ceil_div(groups, at_once);
   parallel_for(heads * runs, [&](Index unit, int) {
     const Index head = unit / runs, first = unit % runs * at_once;
     Scratch& scratch = thread_scratch();
