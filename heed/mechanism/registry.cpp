@@ -30,6 +30,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &moa(),
       &blockrank(),
       &paro(),
+      &llsa(),
       &biformer(),
   };
   return table;

@@ -31,6 +31,7 @@ const Mechanism& s2();
 const Mechanism& moa();
 const Mechanism& blockrank();
 const Mechanism& paro();
+const Mechanism& llsa();
 const Mechanism& biformer();
 
 }  // namespace heed::mechanism
