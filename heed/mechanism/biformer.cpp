@@ -8,8 +8,8 @@
 #include "heed/mechanism/grids.h"
 #include "heed/mechanism/registry.h"
 #include "heed/plan/grid_tiles.h"
-#include "heed/plan/panel_tiles.h"
 #include "heed/plan/select.h"
+#include "heed/plan/stretches.h"
 #include "heed/plan/summary.h"
 
 namespace heed::mechanism {
@@ -119,13 +119,11 @@ Plan plan_biformer(const Params& p, const Inputs& in) {
                   row_end = begins[static_cast<size_t>(r) + 1] - rows.first;
       for (Index i = 0; i < top_k; ++i) {
         const auto j = static_cast<size_t>((*routes)[static_cast<size_t>(rows.b)][static_cast<size_t>(r * top_k + i)]);
-        const Index column = columns->begins[j], end = column + begins[j + 1] - begins[j];
-        // Neighbours that touch are one stretch.
-        if (i > 0 && stretches[n - 1].end == column) stretches[n - 1].end = end;
-        else stretches[n++] = {row, row_end, column, end};
+        const Index column = columns->begins[j];
+        stretches[n++] = {row, row_end, column, column + begins[j + 1] - begins[j]};
       }
     }
-    add_by_panel(stretches.first(n), source, tiles);
+    add_stretches(stretches, source, tiles);
   };
   return plan;
 }

@@ -6,8 +6,8 @@
 
 #include "heed/mechanism/registry.h"
 #include "heed/plan/levels.h"
-#include "heed/plan/panel_tiles.h"
 #include "heed/plan/pyramid.h"
+#include "heed/plan/stretches.h"
 
 namespace heed::mechanism {
 namespace {
@@ -62,7 +62,7 @@ void emit_chosen(const Pyramid& pyramid, const RowBlock& rows, Tiles& tiles) {
     for (const std::int32_t j : choice.of(1, head, a))
       stretches[n++] = {own.first, own.first + own.count, j * block, std::min((j + 1) * block, levels.tokens)};
   });
-  add_by_panel(stretches, 0, tiles);
+  add_stretches(stretches, 0, tiles);
 }
 
 // `columns` runs of a level; with dedupe those that the rows chose, and so see finer, are left out.
