@@ -38,7 +38,7 @@ using Routes = std::vector<std::int32_t>;
 std::vector<Routes> route(const Inputs& in, const Boxes& regions, Index top_k) {
   const Problem& problem = in.problem;
   const std::vector<std::int32_t> tokens = regions.tokens();
-  const Summary keys = mean_keys(*in.kv, tokens, regions.begins());
+  const Summary keys = mean_keys(*in.kv, in.problem, tokens, regions.begins());
   const Tensor queries = mean_queries(in.q, problem, tokens, regions.begins());
   const Index count = regions.count(), stride = round_up(count, panel_columns);
   std::vector<Routes> routes(static_cast<size_t>(problem.B), Routes(static_cast<size_t>(count * top_k)));
@@ -182,7 +182,7 @@ const Mechanism& biformer() {
       .cost = "regions^4·Hq·D multiply-adds to route, N·N·top_k/regions^2·(D + Dv) to attend",
       .causality = Causality::refused,
       .square = true,
-      .params = {required_grid_spec("height and width of the token grid, row-major, such as 56x56"),
+      .params = {required_grid_spec("56x56"),
                  integer("regions", 7, 1, "regions along each side; at most the shorter side's tokens"),
                  integer("top_k", 4, 1, "regions that a region attends to; at most regions^2")},
       .extras = {{"lepe_w", real, {"*", "*", "*"}, false, "[Hk·Dv, s, s], a filter per channel of the values, s odd"},
