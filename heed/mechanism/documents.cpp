@@ -27,7 +27,8 @@ Documents apply_documents(const Inputs& in, Plan& plan) {
     documents.of.assign(static_cast<size_t>(p.B), {{0, p.M}});
     return documents;
   }
-  if (p.N > p.M) fail("doc: {} queries and {} keys, expected at most as many queries as documents have tokens", p.N, p.M);
+  if (p.N > p.M)
+    fail("doc: {} queries and {} keys, expected at most as many queries as documents have tokens", p.N, p.M);
   plan.visible_first.resize(static_cast<size_t>(p.B * p.M));
   plan.visible_end.resize(static_cast<size_t>(p.B * p.M));
   for (Index b = 0; b < p.B; ++b) {
