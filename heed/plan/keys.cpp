@@ -146,6 +146,19 @@ void KeyValues::sum_keys(Index head, Index begin, Index end, float* sum) const {
   }
 }
 
+void KeyValues::sum_values(Index head, Index begin, Index end, float* sum) const {
+  for (Index t = begin; t < end; ++t) {
+    const Index at = layout_.value_offset(t, 0), dv = layout_.dv;
+    if (layout_.dtype == DType::f32) {
+      const float* p = static_cast<const float*>(values(head)) + at;
+      for (Index e = 0; e < dv; ++e) sum[e] += p[e];
+    } else {
+      const bf16* p = static_cast<const bf16*>(values(head)) + at;
+      for (Index e = 0; e < dv; ++e) sum[e] += to_f32(p[2 * e]);
+    }
+  }
+}
+
 void KeyValues::bound_keys(Index head, Index begin, Index end, float* most, float* least) const {
   for (Index from = begin; from < end;) {
     const Index to = std::min(end, round_up(from + 1, panel_columns)), count = to - from;

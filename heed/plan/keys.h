@@ -61,6 +61,8 @@ class KeyValues {
 
   /// Adds the keys of tokens [begin, end) of one head to sum [d], f32, in token order within a panel.
   void sum_keys(Index head, Index begin, Index end, float* sum) const;
+  /// The same for values, sum [dv], in token order.
+  void sum_values(Index head, Index begin, Index end, float* sum) const;
 
   /// Sums of the keys of every complete block of `block` tokens, f32, brought up to date: tokens
   /// that were summed before are not read again. Not thread-safe: call it before parallel work.

@@ -106,17 +106,14 @@ std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<con
   const Index at_once = std::clamp<Index>(2048 / tokens_each, 1, 64), runs = ceil_div(groups, at_once);
   parallel_for(heads * runs, [&](Index unit, int) {
     const Index head = unit / runs, first = unit % runs * at_once;
-    Scratch& scratch = thread_scratch();
-    const Scratch::Mark mark(scratch);
-    float* x = scratch.take<float>(std::max(d, dv)).data();
     for (Index g = first; g < std::min(first + at_once, groups); ++g) {
       float *key = k.as<float>() + (head * groups + g) * d, *value = v.as<float>() + (head * groups + g) * dv;
       const Index begin = begins[static_cast<size_t>(g)], end = begins[static_cast<size_t>(g) + 1];
-      for (Index t = begin; t < end; ++t) {
-        kv.read_key(head, tokens[static_cast<size_t>(t)], x);
-        for (Index i = 0; i < d; ++i) key[i] += x[i];
-        kv.read_value(head, tokens[static_cast<size_t>(t)], x);
-        for (Index e = 0; e < dv; ++e) value[e] += x[e];
+      for (Index t = begin, next; t < end; t = next) {
+        const Index token = tokens[static_cast<size_t>(t)];
+        for (next = t + 1; next < end && tokens[static_cast<size_t>(next)] == token + next - t;) ++next;  // side by side
+        kv.sum_keys(head, token, token + next - t, key);
+        kv.sum_values(head, token, token + next - t, value);
       }
       const float n = static_cast<float>(end - begin);
       for (Index i = 0; i < d; ++i) key[i] /= n;
