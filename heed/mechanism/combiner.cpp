@@ -217,8 +217,8 @@ const Mechanism& combiner() {
           "k_j>\n"
           "v_R = sum of p(j | R) v_j\n"
           "o_i = softmax over direct tokens j and regions R of scale·<q_i, k_j>, scale·<q_i, k_R>, times v_j, v_R",
-      .cost = "multiply-adds times (D + Dv): fixed N·(block/2 + N/(2·block)), logsparse N·log2(N)/2, mixture\n"
-              "1.5·N·(block + N/block); summaries N, N·log2(N)/2 and N·(block + N/(2·block))",
+      .cost = "(D + Dv) times, fixed N·(block/2 + N/(2·block) + 1), logsparse N·log2(N), mixture N·(2.5·block + "
+              "2·N/block) multiply-adds",
       .causality = Causality::either,
       // The summary of a region needs its queries, so all of them must be there.
       .square = true,
