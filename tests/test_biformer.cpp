@@ -330,7 +330,7 @@ TEST_CASE("biformer: the same bits for any number of threads") {
 TEST_CASE("biformer refuses what it cannot mean") {
   const Case c({1, 4, 2, 40, 40, 16, 8});
   CHECK_FAILS(run("biformer", c.input()), UsageError,
-              "biformer: grid is missing, expected height and width of the token grid, row-major, such as 56x56");
+              "biformer: grid is missing, expected lengths of the token grid's axes, row-major, such as 56x56");
   CHECK_FAILS(run("biformer:grid=5x7", c.input()), UsageError,
               "biformer: grid = 5x7, expected lengths whose product is N = 40");
   CHECK_FAILS(run("biformer:grid=2x4x5", c.input()), UsageError,
