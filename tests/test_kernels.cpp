@@ -225,8 +225,8 @@ TEST_CASE("attend: gates spread the weights of landmarks over their groups") {
   };
   for_both([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
-    for (const Layout& groups : {Layout{0, {50, 101, 152}}, Layout{13, {64, 130, 191}}, Layout{40, {95}}, Layout{0, {191}},
-                                 Layout{64, {66, 70, 75, 81, 98, 113, 114}}, Layout{3, {64, 65}}})
+    for (const Layout& groups : {Layout{0, {50, 101, 152}}, Layout{13, {64, 130, 191}}, Layout{40, {95}},
+                                 Layout{0, {191}}, Layout{64, {66, 70, 75, 81, 98, 113, 114}}, Layout{3, {64, 65}}})
       for (const int mask : {0, 1, 2})  // none; random tokens, all landmarks; random, landmarks too
         for (const float softcap : {0.0f, 2.0f}) {
           const Index rows = 9;
@@ -244,7 +244,9 @@ TEST_CASE("attend: gates spread the weights of landmarks over their groups") {
             return mask == 0 || ((words[static_cast<size_t>(row * 4 + c / 64)] >> (c % 64)) & 1) != 0;
           };
           b.run(t);
-          const auto score = [&](double x) { return softcap > 0 ? softcap * std::tanh(x * t.scale / softcap) : x * t.scale; };
+          const auto score = [&](double x) {
+            return softcap > 0 ? softcap * std::tanh(x * t.scale / softcap) : x * t.scale;
+          };
           const auto product = [&](Index r, Index c) {
             double x = 0;
             for (Index f = 0; f < 32; ++f)
