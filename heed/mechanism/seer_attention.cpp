@@ -95,17 +95,19 @@ const Mechanism& seer_attention() {
       .idea =
           "A gate pools each block of queries and of keys, projects them and predicts the model's own attention map,\n"
           "block by block; it is distilled from the block maxima of that map while the model stays as it is. What the\n"
-          "gate finds faint is left out. Additions of ours: oracle = true takes those block maxima themselves, which\n"
-          "needs no gate and no time saved, to see what the best gate could do; decode_budget limits decoding steps "
-          "to\n"
-          "the blocks whose keys could score highest, by the bounds of their features.",
+          "gate finds faint is left out. Two additions of ours: oracle = true takes those block maxima themselves,\n"
+          "which needs no gate and saves no time, but shows what the best gate could do; decode_budget lets decoding\n"
+          "steps attend only to the blocks whose keys could score highest, by the bounds of their features.",
       .equations =
           "qg_a = RoPE(W_q mean of q over block a);  kg_b = RoPE(W_k [max; min; mean of k over block b])\n"
           "G_ab = softmax over b <= a of <qg_a, kg_b> / sqrt(G)\n"
           "oracle: G_ab = T_ab / sum over b of T_ab, T_ab = max over i in a, j in b of the attention weight p_ij\n"
           "S(a) = own block and {b : G_ab > threshold}, or the k best, k = max(1, floor((1 - sqrt(1 - density))·n));\n"
           "the last two query blocks: everything\n"
-          "o_i = softmax over j in S(block of i), j <= i of scale·<q_i, k_j>, times v_j",
+          "o_i = softmax over j in S(block of i), j <= i of scale·<q_i, k_j>, times v_j\n"
+          "a decoding step: the decode_budget / block blocks of largest sum over f of max(q_f·max k_f, q_f·min k_f), "
+          "and "
+          "the last",
       .cost = "N/block·(3·D·G + N/(2·block)·G) multiply-adds a head for the gate, N²/2·density·(D + Dv) to attend",
       .causality = Causality::implied,
       .square = true,
