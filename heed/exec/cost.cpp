@@ -14,18 +14,20 @@ struct Entry {
   CostModel f32, bf16;  // by what is stored in panels
 };
 
-// avx2 and portable: fitted on one core of a Zen 3 (peaks 101 and 38 GF/s) to hand-made plans of 48 … 960 rows, D =
-// 16 … 128, with tiles of 64 … 256 columns, causal ones, and lists; CPU time times the peak measured around it, least
-// of 15. They meet those plans within 7 %, lists of single columns within 12 % from 96 rows on. Known to be outside: D
-// = 256, whose chunks leave the second-level cache (18 % more than the model says), and lists of pages, which are
-// packed faster than single columns: 85 for single ones, 35 for pairs and 13 for pages of 16 stand behind the 50. An
-// exponential is some 17 vector instructions, each of which keeps a multiply-add of 2 flops a lane from its port: that
-// is where the 35 come from.
+// avx2 and portable are fitted on one core of a Zen 3 (peaks 101 and 38 GF/s), to hand-made plans of 48 … 960 rows,
+// heads of 16 … 128 features, tiles of 64 … 256 columns, causal ones, and lists: the least of 15 CPU times, each times
+// the peak measured around it. They meet those plans within 7 %, lists of single columns within 12 % from 96 rows on.
 //
-// avx512 and avx512_bf16 are reckoned from avx2, not measured: exponentials by that rule (11 instructions, and 10
-// beside a bf16 product of 4 flops a lane), the others by the width of the vectors where they wait for memory. amx
-// rests on a probe of a Granite Rapids core: 9.5 ns for a listed column and 9 ns for a row at D = 64, 31 % of the peak
-// in all.
+// Known to be outside: heads of 256 features, whose chunks leave the second-level cache (18 % more than the model
+// says); lists of pages, which are packed faster than single columns (85 for single ones, 35 for pairs and 13 for pages
+// of 16 stand behind the 50). Mechanisms at N = 8192 (dense, streaming, moba, power, paro, hip without its search) took
+// 3 … 20 % more than the model says, scattered blocks at N = 32768 up to 28 %.
+//
+// An exponential is some 17 vector instructions, each of which keeps a multiply-add of 2 flops a lane from its port:
+// hence about 35. avx512 and avx512_bf16 are reckoned from avx2, not measured: exponentials by that rule (11
+// instructions, and 10 beside a bf16 product of 4 flops a lane), the rest by the width of the vectors where it waits
+// for memory. amx rests on a probe of a Granite Rapids core: 9.5 ns for a listed column and 9 ns for a row of 64
+// features, 31 % of the peak in all.
 constexpr CostModel portable{.product = 1.3, .exponential = 42, .row = 300, .row_feature = 2, .gather = 20};
 constexpr CostModel avx2{.product = 1.09, .exponential = 35, .row = 300, .row_feature = 51, .gather = 50};
 constexpr CostModel avx512{.product = 1.09, .exponential = 22, .row = 600, .row_feature = 51, .gather = 100};
