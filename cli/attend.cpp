@@ -48,8 +48,8 @@ Json report(const MechanismCall& call, const AttendInput& in, const AttendOutput
 void attend_file(const Options& options) {
   if (options.grad) fail_usage("attend: --grad: no backward pass yet, expected a call without --grad");
   const MechanismCall call = options.tensors.call();
-  const auto file = model::SafetensorsFile::open(options.tensors.in);
-  const AttendInput in = options.tensors.input(file);
+  const OpenedTensors opened = options.tensors.open();
+  const AttendInput& in = opened.input;
   const AttendOutput out = heed::attend(call, in);
 
   std::vector<std::pair<std::string, TensorView>> tensors{{"o", out.o.view()}};

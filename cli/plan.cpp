@@ -43,8 +43,8 @@ Cost cost_of(const Plan& plan) {
 
 void draw_plan(const Options& options) {
   const MechanismCall call = options.tensors.call();
-  const auto file = model::SafetensorsFile::open(options.tensors.in);
-  const AttendInput in = options.tensors.input(file);
+  const OpenedTensors opened = options.tensors.open();
+  const AttendInput& in = opened.input;
   const Plan plan = plan_of(call, in);
   const Problem& p = plan.problem;
   if (options.batch >= p.B) fail_usage("plan: --batch = {}, expected 0 … {}", options.batch, p.B - 1);

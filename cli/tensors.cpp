@@ -14,6 +14,10 @@ void TensorOptions::add(CLI::App& command) {
   command.get_option("--mechanism")->required();
   command.add_flag("--causal", causal,
                    "Key j is hidden from earlier queries; the queries are the last N of M positions");
+  command
+      .add_option("--calibration", calibration,
+                  "More of the mechanism's extra tensors: what it learned from tensors (heed calibrate wrote it)")
+      ->type_name("F");
   const double huge = std::numeric_limits<double>::max();
   command.add_option("--scale", scale, "Factor of the scores [D^-1/2]")
       ->check(real_number(-huge, huge))
@@ -24,15 +28,20 @@ void TensorOptions::add(CLI::App& command) {
       ->capture_default_str();
 }
 
-AttendInput TensorOptions::input(const model::SafetensorsFile& file) const {
-  AttendInput in_;
-  in_.q = file.tensor("q"), in_.k = file.tensor("k"), in_.v = file.tensor("v");
-  for (const std::string& name : file.names())
-    if (name != "q" && name != "k" && name != "v") in_.extra.emplace(name, file.tensor(name));
-  in_.causal = causal;
-  if (!scale.empty()) in_.scale = std::stof(scale);
-  in_.arithmetic = dtype_named(dtype);
-  return in_;
+OpenedTensors TensorOptions::open() const {
+  OpenedTensors opened{.file = model::SafetensorsFile::open(in), .learned = {}, .input = {}};
+  AttendInput& input = opened.input;
+  input.q = opened.file.tensor("q"), input.k = opened.file.tensor("k"), input.v = opened.file.tensor("v");
+  for (const std::string& name : opened.file.names())
+    if (name != "q" && name != "k" && name != "v") input.extra.emplace(name, opened.file.tensor(name));
+  if (!calibration.empty()) {
+    opened.learned = model::SafetensorsFile::open(calibration);
+    for (const std::string& name : opened.learned->names()) input.extra[name] = opened.learned->tensor(name);
+  }
+  input.causal = causal;
+  if (!scale.empty()) input.scale = std::stof(scale);
+  input.arithmetic = dtype_named(dtype);
+  return opened;
 }
 
 }  // namespace heed::cli

@@ -12,15 +12,22 @@
 
 namespace heed::cli {
 
+/// The files of a call, open, and views into them.
+struct OpenedTensors {
+  model::SafetensorsFile file;
+  std::optional<model::SafetensorsFile> learned;
+  AttendInput input;
+};
+
 struct TensorOptions {
-  std::string in, dtype = "f32", scale;
+  std::string in, calibration, dtype = "f32", scale;
   bool causal = false;
   MechanismOptions mechanism;
 
   void add(CLI::App& command);
   MechanismCall call() const { return mechanism.calls({}).front(); }
-  /// Views into the file: q, k, v, and every other tensor as an extra one. Throws Error for a missing one.
-  AttendInput input(const model::SafetensorsFile& file) const;
+  /// q, k, v, and every other tensor as an extra one. Throws Error for a missing one.
+  OpenedTensors open() const;
 };
 
 }  // namespace heed::cli

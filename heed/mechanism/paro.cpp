@@ -67,6 +67,14 @@ ParoCalibration read_or_calibrate(const Inputs& in, const ParoOptions& options) 
   return given;
 }
 
+NamedTensors calibrate(const Params& p, const Inputs& in) {
+  ParoCalibration c = read_or_calibrate(in, read_options(p, in.problem));
+  NamedTensors tensors;
+  tensors.emplace("order", std::move(c.order));
+  tensors.emplace("mask", std::move(c.mask));
+  return tensors;
+}
+
 /// Rows and columns of every head in its order. Keys and values are permuted once for all heads that share both them
 /// and the order. Returns the source's index.
 Index order_tokens(Plan& plan, const KeyValues& kv, const ParoOptions& options, const std::int32_t* order) {
@@ -179,6 +187,7 @@ const Mechanism& paro() {
                   "[Hq, nb, nb], blocks to compute, in the head's order; without `order`, in that of the tokens"}},
       .not_on_models = "it is not causal, and its tokens lie on grids of images or video",
       .plan = plan_paro,
+      .calibrate = calibrate,
   };
   return m;
 }

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "heed/base/threads.h"
+#include "heed/mechanism/proxy_heads.h"
 #include "heed/mechanism/registry.h"
 #include "heed/plan/block_scores.h"
 #include "heed/plan/block_tiles.h"
@@ -86,17 +87,12 @@ Plan plan_proxy_attn(const Params& p, const Inputs& in) {
         Scratch& scratch = thread_scratch();
         const Scratch::Mark mark(scratch);
         const Index rows = ceil_div(std::min(block, problem.N - a * block), stride);
-        const auto q = scratch.take<float>(rows * d), one = scratch.take<float>(d);
+        const auto q = scratch.take<float>(rows * d);
         const auto ends = scratch.take<std::int32_t>(rows);
-        std::fill(q.begin(), q.end(), 0.0f);
         for (Index i = 0; i < rows; ++i) {
           const Index token = a * block + i * stride;
           ends[static_cast<size_t>(i)] = static_cast<std::int32_t>(token + 1);
-          for (Index head = g * heads; head < (g + 1) * heads; ++head) {
-            in.q.read(b, head, token, one.data());
-            for (Index f = 0; f < d; ++f)
-              q[static_cast<size_t>(i * d + f)] += one[static_cast<size_t>(f)] / static_cast<float>(heads);
-          }
+          mean_query(in.q, b, g * heads, heads, token, q.data() + i * d);
         }
         const auto largest = scratch.take<float>(round_up(a + 1, lanes));
         std::fill(largest.begin(), largest.end(), 0.0f);
@@ -168,6 +164,8 @@ const Mechanism& proxy_attn() {
       .extras = {},
       .not_on_models = "",
       .plan = plan_proxy_attn,
+      .calibrate = calibrate_proxy_heads,
+      .settle = settle_proxy_heads,
   };
   return m;
 }

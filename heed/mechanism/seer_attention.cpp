@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 
+#include "heed/base/threads.h"
 #include "heed/mechanism/block_gate.h"
 #include "heed/mechanism/registry.h"
 #include "heed/plan/block_scores.h"
@@ -82,6 +83,31 @@ Plan plan_seer_attention(const Params& p, const Inputs& in) {
   return plan;
 }
 
+// What a gate is to learn: `targets` f32 [B·Hq, n, n], the block maxima of the model's own attention, rows summing to
+// one over the blocks they see.
+NamedTensors calibrate_seer_attention(const Params& p, const Inputs& in) {
+  const Problem& problem = in.problem;
+  const Index block = p.integer("block"), n = ceil_div(problem.N, block), heads = problem.B * problem.Hq;
+  Tensor targets(DType::f32, {heads, n, n});
+  parallel_for(heads * n, [&](Index unit, int) {
+    const Index head = unit % heads, a = n - 1 - unit / heads;  // the longest rows go first
+    const RowBlock rows{.b = head / problem.Hq,
+                        .kv_head = head % problem.Hq / problem.group(),
+                        .head = head % problem.Hq,
+                        .first = a * block,
+                        .rows = std::min(block, problem.N - a * block)};
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    float* row = scratch.take<float>(round_up(a + 1, panel_columns)).data();
+    block_targets({ScoreKeys::of(*in.kv, rows.b * problem.Hk + rows.kv_head), in.rule.scale, block}, in.q, rows, row,
+                  scratch);
+    std::copy_n(row, a + 1, targets.as<float>() + (head * n + a) * n);
+  });
+  NamedTensors tensors;
+  tensors.emplace("targets", std::move(targets));
+  return tensors;
+}
+
 }  // namespace
 
 const Mechanism& seer_attention() {
@@ -124,6 +150,7 @@ const Mechanism& seer_attention() {
       .extras = gate_extras(),
       .not_on_models = "",
       .plan = plan_seer_attention,
+      .calibrate = calibrate_seer_attention,
   };
   return m;
 }

@@ -51,13 +51,7 @@ void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv
   std::any memory;
   in.rule.scale = 1, in.prompt = 1, in.kv = &one, in.memory = &memory;
   in.q = Queries({zeros.data(), DType::f32, {1, info.heads, 1, info.head_size}}, kv);
-  try {
-    m.plan(chosen.params, in);
-  } catch (const UsageError&) {
-    throw;
-  } catch (const Error&) {
-    // One token is too short for some: the document itself may do.
-  }
+  m.plan(chosen.params, in);
 }
 
 bool covers(Phase phase, Phase part) { return (static_cast<int>(phase) & static_cast<int>(part)) != 0; }
@@ -99,7 +93,8 @@ struct Session::State {
   const Chosen& chosen_for(Index layer, Phase phase) const {
     const size_t i = static_cast<size_t>(layer);
     if (model.info().local[i]) return *window;
-    const bool able = phase == Phase::prefill || !chosen.mechanism->square;
+    const Mechanism& m = *chosen.mechanism;
+    const bool able = phase == Phase::prefill || !m.square || (m.decodes != nullptr && m.decodes(chosen.params));
     return replaced[i] && covers(options.use.phase, phase) && able ? chosen : dense;
   }
   bool whole_prompt(Phase phase) const {
