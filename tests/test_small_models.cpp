@@ -9,53 +9,19 @@
 #include "heed/kernel/kernels.h"
 #include "heed/model/model.h"
 #include "support/cases.h"
-#include "support/tiny_model.h"
+#include "support/tiny_session.h"
 
 using namespace heed;
 using namespace heed::model;
+using test::difference;
+using test::load;
+using test::options;
+using test::random_tokens;
+using test::tiny_gemma;
 using test::TinyModel;
 using test::TinySizes;
 
 namespace {
-
-std::unique_ptr<Model> load(const std::string& file, DType arithmetic = DType::f32) {
-  const std::string copy = file;  // gone when the model is used
-  return Model::load(Gguf::parse(std::as_bytes(std::span(copy)), "tiny.gguf"), arithmetic);
-}
-
-std::vector<Token> random_tokens(Index n, std::uint64_t seed = 5) {
-  Random random(seed);
-  std::vector<Token> ids;
-  for (Index i = 0; i < n; ++i) ids.push_back(static_cast<Token>(random.below(TinyModel::vocabulary)));
-  return ids;
-}
-
-SessionOptions options(Index context, Index chunk = 512, const std::string& call = "dense", DType kv = DType::f32) {
-  SessionOptions o;
-  o.use.call = MechanismCall::parse(call);
-  o.context = context, o.chunk = chunk, o.kv = kv;
-  return o;
-}
-
-// Largest difference in units of the largest reference logit.
-double difference(const std::vector<float>& got, const std::vector<double>& want) {
-  REQUIRE(got.size() == want.size());
-  double most = 0, largest = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double e = std::abs(static_cast<double>(got[i]) - want[i]);
-    most = std::isnan(e) ? 1e300 : std::max(most, e);
-    largest = std::max(largest, std::abs(want[i]));
-  }
-  return most / largest;
-}
-
-TinySizes tiny_gemma() {
-  TinySizes s;
-  s.architecture = "gemma3";
-  s.layers = 7, s.width = 40, s.heads = 2, s.kv_heads = 1, s.head_size = 24;
-  s.window = 9, s.key_length = true, s.rope_base = 1e6;
-  return s;
-}
 
 // Prefill of all but the last 3 tokens in chunks of 16, then decode; every set of logits on the way is checked.
 void check_against_reference(const TinyModel& tiny, DType arithmetic, double tolerance) {
@@ -147,31 +113,6 @@ TEST_CASE("chunks, decoding and threads leave every bit as it is") {
                         chunk);
         }
       }
-}
-
-TEST_CASE("mechanisms that need the whole prompt see it whatever the chunk") {
-  const std::unique_ptr<Model> model = load(TinyModel(tiny_gemma()).file());
-  const std::vector<Token> tokens = random_tokens(300);
-  for (const Mechanism* m : mechanisms()) {
-    bool able = m->square && m->not_on_models.empty() && m->causality != Causality::refused;
-    for (const ExtraSpec& extra : m->extras) able = able && !extra.required;
-    if (!able) continue;
-    CAPTURE(m->name);
-    // Where a trained gate would be missing, what it is trained on stands in for it.
-    const std::string call = m->name == "seer-attention" ? "seer-attention:oracle=true,density=0.5" : m->name;
-    Session whole(*model, options(310, 300, call)), parts(*model, options(310, 32, call));
-    Index rows = 0;
-    parts.observe_plans([&](Index layer, const Plan& plan) {
-      if (layer == 5) rows = plan.problem.N;
-    });
-    const std::vector<float> want = whole.prefill(tokens);
-    CHECK(test::same_bits(parts.prefill(tokens), want));
-    CHECK(rows == 300);
-    CHECK_THROWS_WITH_AS(
-        parts.prefill({1, 2}),
-        (m->name + ": 300 tokens are held already, expected none: it needs the whole prompt at once").c_str(), Error);
-    CHECK(test::same_bits(std::vector<float>(whole.decode(1)), parts.decode(1)));
-  }
 }
 
 TEST_CASE("scoring gives -ln p of every token but the first") {

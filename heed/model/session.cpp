@@ -25,16 +25,17 @@ void check_mechanism(const Mechanism& m) {
 }
 
 // What only shows when a plan is made, such as parameters that do not go together or learned tensors that are
-// missing, should be known before a document is read: the plan of one token is made for a trial.
-void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv) {
+// missing, should be known before a document is read: a plan of a few tokens is made for a trial.
+void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv, bool decoding) {
+  constexpr Index tokens = 64;
   const Mechanism& m = *chosen.mechanism;
   const auto learned = chosen.extra.find(layer);
   Inputs in;
   in.problem = {.B = 1,
                 .Hq = info.heads,
                 .Hk = info.kv_heads,
-                .N = 1,
-                .M = 1,
+                .N = decoding ? 1 : tokens,
+                .M = tokens,
                 .D = info.head_size,
                 .Dv = info.head_size,
                 .causal = true};
@@ -44,13 +45,13 @@ void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv
       fail_usage("{} cannot run on a model: layer {} lacks the tensor {}, expected a --calibration that has it", m.name,
                  layer, extra.name);
   check_extras(m, in.extra, in.problem);
-  const std::vector<float> zeros(static_cast<size_t>(std::max(info.heads, info.kv_heads) * info.head_size), 0.0f);
-  KeyValues one(info.kv_heads, info.head_size, info.head_size, 1, kv);
-  const TensorView token(zeros.data(), DType::f32, {info.kv_heads, 1, info.head_size});
-  one.append(token, token);
+  const std::vector<float> zeros(static_cast<size_t>(tokens * info.heads * info.head_size), 0.0f);
+  KeyValues few(info.kv_heads, info.head_size, info.head_size, tokens, kv);
+  const TensorView keys(zeros.data(), DType::f32, {info.kv_heads, tokens, info.head_size});
+  few.append(keys, keys);
   std::any memory;
-  in.rule.scale = 1, in.prompt = 1, in.kv = &one, in.memory = &memory;
-  in.q = Queries({zeros.data(), DType::f32, {1, info.heads, 1, info.head_size}}, kv);
+  in.rule.scale = 1, in.prompt = tokens, in.kv = &few, in.memory = &memory;
+  in.q = Queries({zeros.data(), DType::f32, {1, info.heads, in.problem.N, info.head_size}}, kv);
   m.plan(chosen.params, in);
 }
 
@@ -74,7 +75,7 @@ struct Session::State {
       for (size_t i = 0; i < replaced.size(); ++i) replaced[i] = !info.local[i];
     capacity = context;
     for (Index i = 0; i < info.layers; ++i)
-      if (replaced[static_cast<size_t>(i)]) try_plan(chosen, info, i, o.kv);
+      if (replaced[static_cast<size_t>(i)]) try_plan(chosen, info, i, o.kv, o.use.phase == Phase::decode);
   }
 
   const Model& model;
