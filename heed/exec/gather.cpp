@@ -28,6 +28,8 @@ void copy_columns(const PanelLayout& layout, const SourceView& view, Index colum
     case 4: copy_run<4>(k, k_out, steps, 4); break;
     case 8: copy_run<8>(k, k_out, steps, 8); break;
     case 16: copy_run<16>(k, k_out, steps, 16); break;
+    case 32: copy_run<32>(k, k_out, steps, 32); break;
+    case panel_columns * pair: std::copy_n(k, layout.panel_elements(), k_out); break;  // a whole panel
     default: copy_run<0>(k, k_out, steps, run * pair);
   }
   const T* v = static_cast<const T*>(view.values);

@@ -223,9 +223,8 @@ const Mechanism& psa() {
           "  causal: sum over folds of softmax(scale/fold · sum over t of <q_(i·fold + fold-1-t), k_(j·fold + t)>)\n"
           "topk: shares of the ranked blocks;  threshold: shares of their cumulated importance, and one block more\n"
           "causal: blocks that overlap the queries, and the first, in full;  group j is seen once all of it is past",
-      .cost =
-          "N·N·density·(D + Dv) multiply-adds, density = sum over blocks of 1/level; to choose N·N·D/sample_stride²,\n"
-          "causal N·N·D/(2·fold)",
+      .cost = "N·N·sum(1/level)/blocks·(D + Dv) multiply-adds to attend, N·N·D/sample_stride² (causal: /(2·fold)) to "
+              "choose",
       .causality = Causality::either,
       .square = true,
       .params = {integer("query_block", 128, 1, "queries that share their levels"),
