@@ -6,6 +6,7 @@
 #   make test       everything that takes minutes; test-full adds every golden row
 #   make bench      what the machine can do, and how much of it the kernels reach
 #   make lint       format, warnings, clang-tidy; make format rewrites the sources
+#   make docs       docs/systems.md, from what the command says of its mechanisms
 #   make sanitize   the tests under the address and undefined-behaviour sanitizers
 #   make fuzz       every fuzzer for FUZZ_SECONDS
 #   make install    PREFIX=/usr/local, DESTDIR
@@ -72,6 +73,10 @@ lint:
 format:
 	@scripts/deps.sh lint
 	clang-format-19 -i $(SOURCES)
+
+.PHONY: docs
+docs: build
+	scripts/docs.sh build/bin/heed
 
 .PHONY: sanitize
 sanitize:

@@ -44,7 +44,7 @@ _heed() {
       fi
       ;;
     explain) choices=$(_heed_mechanisms "$1" | grep -v :) ;;
-    bench) choices='peak attend' ;;
+    bench) choices='peak attend linear prefill decode' ;;
     --dtype | --kv) choices='f32 bf16' ;;
     --phase) choices='prefill decode both' ;;
     --color) choices='auto always never' ;;
