@@ -111,7 +111,8 @@ std::shared_ptr<const KeyValues> mean_columns(const KeyValues& kv, std::span<con
       const Index begin = begins[static_cast<size_t>(g)], end = begins[static_cast<size_t>(g) + 1];
       for (Index t = begin, next; t < end; t = next) {
         const Index token = tokens[static_cast<size_t>(t)];
-        for (next = t + 1; next < end && tokens[static_cast<size_t>(next)] == token + next - t;) ++next;  // side by side
+        for (next = t + 1; next < end && tokens[static_cast<size_t>(next)] == token + next - t;)
+          ++next;  // side by side
         kv.sum_keys(head, token, token + next - t, key);
         kv.sum_values(head, token, token + next - t, value);
       }
