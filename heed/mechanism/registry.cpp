@@ -32,6 +32,8 @@ const std::vector<const Mechanism*>& mechanisms() {
       &paro(),
       &llsa(),
       &biformer(),
+      &routing_transformer(),
+      &pbs_attn(),
   };
   return table;
 }

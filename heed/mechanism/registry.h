@@ -33,5 +33,7 @@ const Mechanism& blockrank();
 const Mechanism& paro();
 const Mechanism& llsa();
 const Mechanism& biformer();
+const Mechanism& routing_transformer();
+const Mechanism& pbs_attn();
 
 }  // namespace heed::mechanism

@@ -127,23 +127,42 @@ void KeyValues::read_value(Index head, Index token, float* out) const {
   }
 }
 
-void KeyValues::sum_keys(Index head, Index begin, Index end, float* sum) const {
+namespace {
+
+// The columns of a feature lie side by side (every other one in bf16): each panel's are folded first.
+template <class Fold>
+void fold_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float start, float* out, Fold fold) {
   for (Index from = begin; from < end;) {
     const Index to = std::min(end, round_up(from + 1, panel_columns)), count = to - from;
-    for (Index i = 0; i < layout_.d; ++i) {
-      const Index at = layout_.key_offset(from, i);
-      float total = 0;  // the columns of a feature lie side by side (every other one in bf16)
-      if (layout_.dtype == DType::f32) {
-        const float* p = static_cast<const float*>(keys(head)) + at;
-        for (Index c = 0; c < count; ++c) total += p[c];
+    for (Index i = 0; i < layout.d; ++i) {
+      const Index at = layout.key_offset(from, i);
+      float total = start;
+      if (layout.dtype == DType::f32) {
+        const float* p = static_cast<const float*>(keys) + at;
+        for (Index c = 0; c < count; ++c) total = fold(total, p[c]);
       } else {
-        const bf16* p = static_cast<const bf16*>(keys(head)) + at;
-        for (Index c = 0; c < count; ++c) total += to_f32(p[2 * c]);
+        const bf16* p = static_cast<const bf16*>(keys) + at;
+        for (Index c = 0; c < count; ++c) total = fold(total, to_f32(p[2 * c]));
       }
-      sum[i] += total;
+      out[i] = fold(out[i], total);
     }
     from = to;
   }
+}
+
+}  // namespace
+
+void sum_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float* out) {
+  fold_columns(layout, keys, begin, end, 0, out, [](float a, float b) { return a + b; });
+}
+
+void max_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float* out) {
+  fold_columns(layout, keys, begin, end, -std::numeric_limits<float>::infinity(), out,
+               [](float a, float b) { return a < b ? b : a; });
+}
+
+void KeyValues::sum_keys(Index head, Index begin, Index end, float* sum) const {
+  sum_columns(layout_, keys(head), begin, end, sum);
 }
 
 void KeyValues::sum_values(Index head, Index begin, Index end, float* sum) const {
@@ -160,23 +179,9 @@ void KeyValues::sum_values(Index head, Index begin, Index end, float* sum) const
 }
 
 void KeyValues::bound_keys(Index head, Index begin, Index end, float* most, float* least) const {
-  for (Index from = begin; from < end;) {
-    const Index to = std::min(end, round_up(from + 1, panel_columns)), count = to - from;
-    for (Index i = 0; i < layout_.d; ++i) {
-      const Index at = layout_.key_offset(from, i);
-      float high = most[i], low = least[i];
-      const auto meet = [&](float x) { high = std::max(high, x), low = std::min(low, x); };
-      if (layout_.dtype == DType::f32) {
-        const float* p = static_cast<const float*>(keys(head)) + at;
-        for (Index c = 0; c < count; ++c) meet(p[c]);
-      } else {
-        const bf16* p = static_cast<const bf16*>(keys(head)) + at;
-        for (Index c = 0; c < count; ++c) meet(to_f32(p[2 * c]));
-      }
-      most[i] = high, least[i] = low;
-    }
-    from = to;
-  }
+  max_columns(layout_, keys(head), begin, end, most);
+  fold_columns(layout_, keys(head), begin, end, std::numeric_limits<float>::infinity(), least,
+               [](float a, float b) { return a < b ? a : b; });
 }
 
 // Fills the `width` values of every block that became complete by fill(head, begin, end, values).
@@ -250,6 +255,15 @@ KeyRows KeyValues::key_rows() const {
   });
   rows_complete_ = size_;
   return rows;
+}
+
+KeyValues pack_keys(const TensorView& k, DType arithmetic) {
+  const size_t axis = k.shape.size() - 2;
+  KeyValues packed(axis == 1 ? k.shape[0] : k.shape[0] * k.shape[1], k.shape[axis + 1], 0, k.shape[axis], arithmetic);
+  TensorView none = k;
+  none.shape[axis + 1] = 0;
+  packed.append(k, none);
+  return packed;
 }
 
 }  // namespace heed

@@ -97,4 +97,13 @@ class KeyValues {
   mutable Index rows_complete_ = 0;  // tokens in memory_rows_
 };
 
+/// Folds the keys of columns [begin, end) of packed keys into out [d], f32, in column order within a panel: adds them,
+/// or keeps the largest of each feature.
+void sum_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float* out);
+void max_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float* out);
+
+/// Keys alone (dv = 0), packed: k [heads, n, D], or with the heads as two axes. A source may show them beside the
+/// values of other KeyValues of the same arithmetic.
+KeyValues pack_keys(const TensorView& k, DType arithmetic);
+
 }  // namespace heed

@@ -35,6 +35,37 @@ void copy_panel(const PanelLayout& layout, const T* keys, const T* values, std::
 
 }  // namespace
 
+namespace {
+
+// heads views of `columns` columns; view i shows head head_of(i) of kv in the order order_of(i).
+template <class HeadOf, class OrderOf>
+void copy_heads(const KeyValues& kv, Index heads, Index columns, HeadOf head_of, OrderOf order_of, PermutedSource& out) {
+  const PanelLayout& layout = kv.layout();
+  out.keys = Tensor(layout.dtype, {heads, layout.key_elements(columns)});
+  out.values = Tensor(layout.dtype, {heads, layout.value_elements(columns)});
+  out.source.layout = layout;
+  const Index own_positions = out.position.size() > static_cast<size_t>(columns) ? columns : 0;
+  for (Index i = 0; i < heads; ++i) {
+    SourceView& view = out.source.views.emplace_back();
+    view.keys = out.keys.view().at({i});
+    view.values = out.values.view().at({i});
+    view.columns = columns;
+    view.position = out.position.data() + i * own_positions;
+  }
+  const Index panels = ceil_div(columns, panel_columns);
+  parallel_for(heads * panels, [&](Index unit, int) {
+    const Index i = unit / panels, first = unit % panels * panel_columns, head = head_of(i);
+    const auto copy = [&]<class T>(T* keys, T* values) {
+      copy_panel(layout, static_cast<const T*>(kv.keys(head)), static_cast<const T*>(kv.values(head)), order_of(i), first,
+                 keys + i * layout.key_elements(columns), values + i * layout.value_elements(columns));
+    };
+    if (layout.dtype == DType::bf16) copy(out.keys.as<bf16>(), out.values.as<bf16>());
+    else copy(out.keys.as<float>(), out.values.as<float>());
+  });
+}
+
+}  // namespace
+
 std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order) {
   std::vector<std::int32_t> all(static_cast<size_t>(kv.heads()));
   std::iota(all.begin(), all.end(), 0);
@@ -43,31 +74,23 @@ std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<con
 
 std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order,
                                               std::span<const std::int32_t> chosen) {
-  const PanelLayout& layout = kv.layout();
-  const Index heads = static_cast<Index>(chosen.size()), columns = static_cast<Index>(order.size());
   auto out = std::make_shared<PermutedSource>();
-  out->keys = Tensor(layout.dtype, {heads, layout.key_elements(columns)});
-  out->values = Tensor(layout.dtype, {heads, layout.value_elements(columns)});
   for (const std::int32_t token : order) out->position.push_back(std::max(token, 0));
-  out->source.layout = layout;
-  for (Index head = 0; head < heads; ++head) {
-    SourceView& view = out->source.views.emplace_back();
-    view.keys = out->keys.view().at({head});
-    view.values = out->values.view().at({head});
-    view.columns = columns;
-    view.position = out->position.data();
-  }
+  copy_heads(
+      kv, static_cast<Index>(chosen.size()), static_cast<Index>(order.size()),
+      [&](Index i) { return Index{chosen[static_cast<size_t>(i)]}; }, [&](Index) { return order; }, *out);
+  return out;
+}
 
-  const Index panels = ceil_div(columns, panel_columns);
-  parallel_for(heads * panels, [&](Index unit, int) {
-    const Index head = unit / panels, first = unit % panels * panel_columns, from = chosen[static_cast<size_t>(head)];
-    const auto copy = [&]<class T>(T* keys, T* values) {
-      copy_panel(layout, static_cast<const T*>(kv.keys(from)), static_cast<const T*>(kv.values(from)), order, first,
-                 keys + head * layout.key_elements(columns), values + head * layout.value_elements(columns));
-    };
-    if (layout.dtype == DType::bf16) copy(out->keys.as<bf16>(), out->values.as<bf16>());
-    else copy(out->keys.as<float>(), out->values.as<float>());
-  });
+std::shared_ptr<const PermutedSource> permute_each(const KeyValues& kv, std::span<const std::vector<std::int32_t>> orders) {
+  const Index heads = static_cast<Index>(orders.size()), group = heads / kv.heads();
+  auto out = std::make_shared<PermutedSource>();
+  for (const auto& order : orders)
+    for (const std::int32_t token : order) out->position.push_back(std::max(token, 0));
+  copy_heads(
+      kv, heads, static_cast<Index>(orders[0].size()), [=](Index i) { return i / group; },
+      [&](Index i) { return std::span<const std::int32_t>(orders[static_cast<size_t>(i)]); }, *out);
+  out->source.per_query_head = true;
   return out;
 }
 

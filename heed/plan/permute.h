@@ -12,7 +12,7 @@ namespace heed {
 /// Packed keys and values of their own, with the source that shows them.
 struct PermutedSource {
   Tensor keys, values;                 // [heads, packed elements]
-  std::vector<std::int32_t> position;  // [columns]
+  std::vector<std::int32_t> position;  // [columns], or [heads, columns] where every head has its own order
   Source source;
 };
 
@@ -22,6 +22,10 @@ std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<con
 /// The same for some heads only: view i of the source is head heads[i].
 std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<const std::int32_t> order,
                                               std::span<const std::int32_t> heads);
+
+/// An order for every query head: view l (batch · query heads + query head) holds the columns orders[l] of the KV head
+/// that the query head reads. All orders have the same length. Takes memory for query heads x columns of keys and values.
+std::shared_ptr<const PermutedSource> permute_each(const KeyValues& kv, std::span<const std::vector<std::int32_t>> orders);
 
 /// Adds a permuted source to the plan and keeps it alive. Returns its index, or 0, the input
 /// itself, when `order` lists its columns as they stand.

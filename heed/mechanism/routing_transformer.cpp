@@ -1,0 +1,259 @@
+// Routing Transformer: centroids gather the queries and the keys nearest to them, attention runs inside each
+// cluster, and a token's output is the mean over the clusters that it is in.
+// "Efficient Content-Based Sparse Attention with Routing Transformers", arXiv:2003.05997.
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "heed/base/random.h"
+#include "heed/base/threads.h"
+#include "heed/mechanism/extra.h"
+#include "heed/mechanism/registry.h"
+#include "heed/plan/clusters.h"
+
+namespace heed::mechanism {
+namespace {
+
+// Step 1. x [heads, tokens, D]; read(head, token, row) gives what is normalised.
+template <class Read>
+Tensor normalised(Shape shape, float eps, Read read) {
+  Tensor x(DType::f32, std::move(shape));
+  const Index axis = static_cast<Index>(x.shape().size()) - 2, tokens = x.shape()[static_cast<size_t>(axis)];
+  const Index d = x.shape().back(), heads = x.size() / (tokens * d);
+  constexpr Index at_once = 256;
+  const Index units = ceil_div(tokens, at_once);
+  parallel_for(heads * units, [&](Index unit, int) {
+    const Index head = unit / units, first = unit % units * at_once;
+    for (Index t = first; t < std::min(tokens, first + at_once); ++t) {
+      float* row = x.as<float>() + (head * tokens + t) * d;
+      read(head, t, row);
+      layer_norm(row, d, eps);
+    }
+  });
+  return x;
+}
+
+// Our addition, for use without trained centroids: k-means of the queries and keys at hand, which share their
+// centroids. So that it stays cheap it sees 64 vectors a cluster, one at random from each of as many equal stretches.
+std::vector<float> fit_centroids(const Params& p, Index clusters, std::span<const float> q, std::span<const float> k,
+                                 Index d) {
+  const Index queries = static_cast<Index>(q.size()) / d, rows = queries + static_cast<Index>(k.size()) / d;
+  if (clusters > rows)
+    fail_usage("routing-transformer: clusters = {}, expected at most {}, the vectors there are", clusters, rows);
+  const auto seed = static_cast<std::uint64_t>(p.integer("seed"));
+  const Index sampled = std::min(rows, 64 * clusters);
+  std::vector<float> x(static_cast<size_t>(sampled * d));
+  Random random(seed);
+  for (Index i = 0; i < sampled; ++i) {
+    const Index begin = rows * i / sampled, row = begin + random.below(rows * (i + 1) / sampled - begin);
+    const float* from = row < queries ? q.data() + row * d : k.data() + (row - queries) * d;
+    std::copy_n(from, d, x.data() + i * d);
+  }
+  return spherical_kmeans(x.data(), sampled, d,
+                          {.clusters = clusters, .iterations = p.integer("iterations"), .seed = random.next()});
+}
+
+// The centroids of every batch and KV head, [B · Hk][C · D].
+std::vector<std::vector<float>> centroids_of(const Params& p, const Inputs& in, const Tensor& q, const Tensor& k) {
+  const Problem& problem = in.problem;
+  const Index lanes = problem.B * problem.Hk, d = problem.D, asked = p.integer("clusters");
+  std::vector<std::vector<float>> centroids(static_cast<size_t>(lanes));
+  if (const TensorView* mu = in.find("mu"); mu != nullptr) {
+    const Index clusters = mu->shape[1];
+    if (clusters < 1) fail("mu: shape = {}, expected [Hk, C, D] with at least one centroid", to_string(mu->shape));
+    if (asked != 0 && asked != clusters)
+      fail_usage("routing-transformer: clusters = {}, expected {} as mu says, or 0", asked, clusters);
+    for (Index lane = 0; lane < lanes; ++lane) {
+      std::vector<float>& to = centroids[static_cast<size_t>(lane)];
+      to.resize(static_cast<size_t>(clusters * d));
+      for (Index c = 0; c < clusters; ++c)
+        read_f32(mu->at({lane % problem.Hk, c}), mu->dtype, mu->stride[2], d, to.data() + c * d);
+    }
+    return centroids;
+  }
+  const Index clusters = asked != 0 ? asked : ceil_div(problem.M, p.integer("cluster_size"));
+  const Index queries = problem.group() * problem.N * d, keys = p.boolean("shared_qk") ? 0 : problem.M * d;
+  for (Index lane = 0; lane < lanes; ++lane)
+    centroids[static_cast<size_t>(lane)] =
+        fit_centroids(p, clusters, {q.as<float>() + lane * queries, static_cast<size_t>(queries)},
+                      {k.as<float>() + lane * keys, static_cast<size_t>(keys)}, d);
+  return centroids;
+}
+
+// Lists of C · width tokens for every head of x (query heads or KV heads), which is packed in f32 in any arithmetic:
+// rounding would flip near-ties.
+std::vector<std::vector<std::int32_t>> lists_of(const KeyValues& x, const std::vector<std::vector<float>>& centroids,
+                                                Index width) {
+  const Index group = x.heads() / static_cast<Index>(centroids.size());
+  std::vector<std::span<const float>> of_head;
+  for (Index head = 0; head < x.heads(); ++head) of_head.emplace_back(centroids[static_cast<size_t>(head / group)]);
+  return gather_clusters(x, of_head, width);
+}
+
+// Everything that emit needs, per lane.
+struct Routing {
+  Tensor q;                                         // normalised [B, Hq, N, D]
+  std::unique_ptr<KeyValues> keys;                  // normalised, packed; per query head where they are the queries
+  std::vector<std::vector<std::int32_t>> k_lists;   // [heads of keys][C · key_width]
+};
+
+// Rows are the clusters' queries, cluster after cluster. Memory is O(N·D) for the normalised queries and keys; choosing
+// takes N·C·D multiply-adds per query head and per KV head.
+Plan plan_routing(const Params& p, const Inputs& in) {
+  const Problem problem = in.problem;
+  const bool shared = p.boolean("shared_qk"), mask_self = p.boolean("mask_self");
+  if (shared && problem.N != problem.M)
+    fail_usage(
+        "routing-transformer: shared_qk = true with {} queries and {} keys, expected as many of one as of the other",
+        problem.N, problem.M);
+  if (p.given("scale") && in.scale_given)
+    fail_usage("routing-transformer: scale = {} beside the call's own scale {}, expected one of them",
+               p.number("scale"), in.rule.scale);
+  const auto eps = static_cast<float>(p.number("ln_eps"));
+
+  const auto routing = std::make_shared<Routing>();
+  routing->q = normalised({problem.B, problem.Hq, problem.N, problem.D}, eps, [&](Index head, Index t, float* row) {
+    in.q.read(head / problem.Hq, head % problem.Hq, t, row);
+  });
+  Tensor k(DType::f32, {0});
+  if (!shared)
+    k = normalised({problem.B * problem.Hk, problem.M, problem.D}, eps,
+                   [&](Index head, Index t, float* row) { in.kv->read_key(head, t, row); });
+  const Tensor& keys = shared ? routing->q : k;
+
+  // Steps 2 and 3. One set of centroids for a KV head and its queries (the group's sharing is our choice).
+  const std::vector<std::vector<float>> centroids = centroids_of(p, in, routing->q, k);
+  const Index clusters = static_cast<Index>(centroids[0].size()) / problem.D;
+  const Index query_width = std::min(p.integer("cluster_size"), problem.N);
+  const Index key_width = std::min(p.integer("cluster_size"), problem.M);
+  Rule rule = in.rule;
+  if (!in.scale_given) rule.scale = static_cast<float>(p.number("scale"));
+  Plan plan = make_plan(problem, Queries(routing->q.view(), in.q.arithmetic()), *in.kv, rule, Lanes::per_query_head);
+  plan.output_by_token = false;  // a token may stand in several clusters
+  {
+    KeyValues packed = pack_keys(routing->q.view(), DType::f32);
+    plan.row_tokens = lists_of(packed, centroids, query_width);
+    if (!shared) packed = pack_keys(k.view(), DType::f32);
+    routing->k_lists = shared ? plan.row_tokens : lists_of(packed, centroids, key_width);
+    // Normalised keys beside the values as they are.
+    if (in.kv->arithmetic() != DType::f32) packed = pack_keys(keys.view(), in.kv->arithmetic());
+    routing->keys = std::make_unique<KeyValues>(std::move(packed));
+  }
+  const Index heads = routing->keys->heads();
+  std::vector<SourceView> views(static_cast<size_t>(heads));
+  for (Index head = 0; head < heads; ++head) {
+    SourceView& view = views[static_cast<size_t>(head)];
+    view = plan.sources[0].views[static_cast<size_t>(shared ? head / problem.group() : head)];
+    view.keys = routing->keys->keys(head);
+  }
+  plan.sources[0].views = std::move(views);
+  plan.sources[0].per_query_head = shared;
+
+  // A long cluster is cut as well: its rows' state should stay in cache, and threads should have something to share.
+  plan.cuts = {0};
+  for (Index c = 0; c < clusters; ++c)
+    for (Index begin = 0; begin < query_width; begin += 1024)
+      plan.cuts.push_back(c * query_width + std::min(begin + 1024, query_width));
+
+  plan.emit = [=, routing = routing.get()](const RowBlock& rows, Tiles& tiles) {
+    const Index head = shared ? rows.b * problem.Hq + rows.head : rows.b * problem.Hk + rows.kv_head;
+    const std::int32_t* list =
+        routing->k_lists[static_cast<size_t>(head)].data() + rows.first / query_width * key_width;
+    // Step 4. Positions are compared, never ranks in the two lists.
+    const Index last = rows.position(rows.rows - 1);
+    const Index seen = problem.causal ? std::upper_bound(list, list + key_width, last) - list : key_width;
+    const Set all = Set::range(0, rows.rows);
+    const auto columns = [&](Index count) {
+      if (key_width == problem.M) return Set::range(0, count);  // all keys
+      return Set::list({list, static_cast<size_t>(count)});
+    };
+    if (!mask_self) {
+      tiles.add(all, columns(seen), problem.causal ? Mask::causal() : Mask::full());
+      return;
+    }
+    // A query meets its own key only where the cluster holds no other that it may see: the first of the list when
+    // causal, else the only one.
+    tiles.add(all, columns(seen), Mask::band(-Mask::unbounded, -1));
+    if (!problem.causal) tiles.add(all, columns(seen), Mask::band(1, Mask::unbounded));
+    if (!problem.causal && key_width > 1) return;
+    Index first = 0;
+    while (first < rows.rows && rows.position(first) < list[0]) ++first;
+    if (first < rows.rows && rows.position(first) == list[0])
+      tiles.add(Set::range(first, first + 1), columns(1), Mask::full());
+  };
+  plan.keep = {routing};
+  return plan;
+}
+
+// Step 5. The mean over a token's clusters; a token in none gets zero.
+void finish_routing(const Params& p, const Inputs& in, const Plan& plan, AttendOutput& out) {
+  const Problem& problem = in.problem;
+  const Index dv = problem.Dv, rows = plan.rows_per_head();
+  Tensor o(DType::f32, {problem.B, problem.Hq, problem.N, dv});
+  parallel_for(problem.B * problem.Hq, [&](Index head, int) {
+    const std::vector<std::int32_t>& tokens = plan.row_tokens[static_cast<size_t>(head)];
+    std::vector<Index> count(static_cast<size_t>(problem.N), 0);
+    float* to = o.as<float>() + head * problem.N * dv;
+    for (Index row = 0; row < rows; ++row) {
+      const Index t = tokens[static_cast<size_t>(row)];
+      ++count[static_cast<size_t>(t)];
+      for (Index e = 0; e < dv; ++e) to[t * dv + e] += out.o.as<float>()[(head * rows + row) * dv + e];
+    }
+    for (Index t = 0; t < problem.N; ++t) {
+      if (count[static_cast<size_t>(t)] == 0) continue;
+      const auto divisor = static_cast<float>(static_cast<double>(count[static_cast<size_t>(t)]) + p.number("eps"));
+      for (Index e = 0; e < dv; ++e) to[t * dv + e] /= divisor;
+    }
+  });
+  out.o = std::move(o);
+  out.lse = Tensor(DType::f32, {0});  // no single softmax stands behind a row
+}
+
+}  // namespace
+
+const Mechanism& routing_transformer() {
+  static const Mechanism m{
+      .name = "routing-transformer",
+      .title = "Routing Transformer",
+      .paper = "arXiv:2003.05997",
+      .year = 2020,
+      .stage = "select (clusters), attend",
+      .training = Training::required,
+      .idea =
+          "Queries and keys, normalised, share centroids. Each centroid gathers the `cluster_size` queries and the as\n"
+          "many keys that lie nearest to it, and attention runs inside the cluster. A token may be in several "
+          "clusters, whose\n"
+          "outputs are averaged, or in none: its output is then zero. Which tokens share a cluster depends on all "
+          "of them, later\n"
+          "ones included, even where attention inside is causal: values never leak back, membership does.\n"
+          "Without centroids `mu` a seeded k-means of the queries and keys at hand finds some (our addition).",
+      .equations = "q' = LayerNorm(q), k' = LayerNorm(k) without weights, or k' = q' (shared_qk)\n"
+                   "Q_c, K_c = the cluster_size tokens of largest <q'_t, mu_c>, of largest <k'_j, mu_c>\n"
+                   "o_ct = softmax over j in K_c (j <= t if causal) of scale·<q'_t, k'_j>, times v_j\n"
+                   "o_t = sum over the c with t in Q_c of o_ct, divided by (their number + eps)",
+      .cost = "2·N·C·D multiply-adds to choose, C·cluster_size²·(D + Dv) to attend, half of it when causal",
+      .causality = Causality::either,
+      .square = false,
+      .params = {integer("cluster_size", 512, 1, "queries and keys that a centroid gathers, at most all"),
+                 number("scale", 1, -1e300, 1e300, "factor of the scores of normalised queries and keys"),
+                 number("eps", 1e-2, 0, 1e300, "added to the number of clusters that a token's outputs are divided by"),
+                 number("ln_eps", 1e-6, 0, 1e300, "added to the variance when q and k are normalised"),
+                 boolean("mask_self", false, "a query sees its own key only where it sees no other in the cluster"),
+                 boolean("shared_qk", false, "the normalised queries are the keys; k is not read"),
+                 integer("clusters", 0, 0, "without mu: centroids to find; 0: M / cluster_size, rounded up"),
+                 integer("iterations", 10, 0, "without mu: rounds of k-means"),
+                 integer("seed", 0, 0, "without mu: of the vectors that k-means sees and starts from")},
+      .extras = {{"mu",
+                  {DType::f32, DType::f16, DType::bf16},
+                  {"Hk", "*", "D"},
+                  false,
+                  "[Hk, C, D], the centroids that the queries and keys of a KV head share"}},
+      .not_on_models = "its models are trained with normalised queries and keys and with its centroids",
+      .plan = plan_routing,
+      .finish = finish_routing,
+  };
+  return m;
+}
+
+}  // namespace heed::mechanism
