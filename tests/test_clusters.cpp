@@ -166,8 +166,23 @@ TEST_CASE("lists hold the nearest vectors of every head, ascending") {
     }
 }
 
-TEST_CASE("layer_norm of a constant is zero") {
+TEST_CASE("layer_norm of a constant is zero; large numbers are no trouble") {
+  float large[4] = {1e30f, -1e30f, 1e30f, -1e30f};
+  layer_norm(large, 4, 1e-6f);
+  for (int i = 0; i < 4; ++i) CHECK(large[i] == doctest::Approx(i % 2 == 0 ? 1 : -1));
   float x[5] = {3, 3, 3, 3, 3};
   layer_norm(x, 5, 0);
   for (const float v : x) CHECK(v == 0);
+}
+
+TEST_CASE("a sample is distinct, ascending, spread out and all rows when it may be") {
+  for (const auto& [rows, count] : std::vector<std::pair<Index, Index>>{{10, 10}, {1000, 7}, {65, 64}, {3, 1}}) {
+    const std::vector<Index> sample = sample_evenly(rows, count, 5);
+    REQUIRE(static_cast<Index>(sample.size()) == count);
+    for (size_t i = 0; i < sample.size(); ++i) {
+      CHECK(sample[i] >= rows * static_cast<Index>(i) / count);
+      CHECK(sample[i] < rows * static_cast<Index>(i + 1) / count);
+    }
+  }
+  CHECK(sample_evenly(1000, 7, 5) != sample_evenly(1000, 7, 6));
 }

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "heed/kernel/kernels.h"
+#include "heed/plan/select.h"
 #include "support/naive.h"
 
 using namespace heed;
@@ -292,8 +293,8 @@ TEST_CASE("pbs-attn: no output depends on a later value; later keys and queries 
 
 TEST_CASE("pbs-attn: sorting lowers the density and the error where few keys matter") {
   // Queries lean towards u, 3 % of the keys strongly so. Without sorting: segments of one block, of which a sort does
-  // not change the members. An independent check found, at mass 0.7, density .72 → .50, weight covered .83 → .91,
-  // error .37 → .22; at mass 0.9, density .92 → .79, error .17 → .015.
+  // not change the members. The expected values come from an independent check and hold within .05, but for the error
+  // at mass 0.7 with sorting, .11 where that check had .22: keys that all queries like more are also covered more.
   constexpr Index n = 4096, d = 64;
   Case c(square(1, 1, n, d, d));
   std::mt19937_64 random(1);
@@ -312,11 +313,11 @@ TEST_CASE("pbs-attn: sorting lowers the density and the error where few keys mat
   const AttendInput in = c.input();
   const Got dense = run("dense", c.input(true));
   struct Outcome {
-    double density, covered, error, row_error;
+    double density, covered, error;
   };
   const auto measure = [&](Index segment, double mass) {
     const Got got = run(fmt::format("pbs-attn:segment={},mass={}", segment, mass), in);
-    std::vector<double> covered, error, norm, row_error;
+    std::vector<double> covered, error;
     for (size_t t = 0; t < n; ++t) {
       covered.push_back(std::exp(static_cast<double>(got.lse[t] - dense.lse[t])));
       double difference = 0, size = 0;
@@ -324,21 +325,43 @@ TEST_CASE("pbs-attn: sorting lowers the density and the error where few keys mat
         const double x = static_cast<double>(got.o[e] - dense.o[e]), y = static_cast<double>(dense.o[e]);
         difference += x * x, size += y * y;
       }
-      error.push_back(difference), norm.push_back(size), row_error.push_back(std::sqrt(difference / size));
+      error.push_back(std::sqrt(difference / size));
     }
     return Outcome{static_cast<double>(got.stats.pairs) / static_cast<double>(n * (n + 1) / 2), mean_of(covered),
-                   std::sqrt(mean_of(error) / mean_of(norm)), mean_of(row_error)};
+                   mean_of(error)};
   };
-  for (const double mass : {0.7, 0.9}) {
-    const Outcome without = measure(128, mass), with = measure(256, mass);
-    MESSAGE(fmt::format(
-        "mass {}: density {:.2f} -> {:.2f}, covered {:.3f} -> {:.3f}, error {:.3f} -> {:.3f}, by rows {:.3f} -> {:.3f}",
-        mass, without.density, with.density, without.covered, with.covered, without.error, with.error,
-        without.row_error, with.row_error));
-    CHECK(with.density < without.density - 0.05);
-    CHECK(with.covered > without.covered);
-    CHECK(with.error < without.error);
-  }
+  const auto check = [](const Outcome& got, const Outcome& expected) {
+    CAPTURE(got.density);
+    CAPTURE(got.covered);
+    CAPTURE(got.error);
+    CHECK(std::fabs(got.density - expected.density) <= 0.05);
+    CHECK(std::fabs(got.covered - expected.covered) <= 0.05);
+    CHECK(got.error <= expected.error + 0.05);
+  };
+  const Outcome without7 = measure(128, 0.7), with7 = measure(256, 0.7), without9 = measure(128, 0.9),
+                with9 = measure(256, 0.9);
+  check(without7, {0.72, 0.83, 0.37}), check(with7, {0.50, 0.91, 0.22});
+  check(without9, {0.92, 0.97, 0.17}), check(with9, {0.79, 0.98, 0.015});
+  CHECK(with7.covered > without7.covered);
+  CHECK(with9.covered > without9.covered);
+  CHECK(with7.error < without7.error / 1.5);
+  CHECK(with9.error < without9.error / 1.5);
+}
+
+TEST_CASE("choose_mass takes the fewest that reach the share, the lower among equals") {
+  std::int32_t order[6], chosen[6];
+  const auto choose = [&](std::vector<float> weights, double mass) {
+    const Index count = choose_mass(weights.data(), static_cast<Index>(weights.size()), mass, order, chosen);
+    return std::vector<std::int32_t>(chosen, chosen + count);
+  };
+  using List = std::vector<std::int32_t>;
+  CHECK(choose({1, 4, 2, 1}, 0.5) == List{1});
+  CHECK(choose({1, 4, 2, 1}, 0.51) == List{1, 2});
+  CHECK(choose({1, 4, 2, 1}, 0.8) == List{0, 1, 2});
+  CHECK(choose({2, 2, 2, 2}, 0.5) == List{0, 1});
+  CHECK(choose({1, 4, 0, 1}, 1) == List{0, 1, 2, 3});
+  CHECK(choose({0, 3}, 0.999) == List{1});
+  CHECK(choose({}, 0.5).empty());
 }
 
 TEST_CASE("pbs-attn: the same bits for any number of threads") {

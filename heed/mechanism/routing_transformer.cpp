@@ -6,7 +6,6 @@
 #include <cmath>
 #include <memory>
 
-#include "heed/base/random.h"
 #include "heed/base/threads.h"
 #include "heed/mechanism/extra.h"
 #include "heed/mechanism/registry.h"
@@ -15,43 +14,21 @@
 namespace heed::mechanism {
 namespace {
 
-// Step 1. x [heads, tokens, D]; read(head, token, row) gives what is normalised.
-template <class Read>
-Tensor normalised(Shape shape, float eps, Read read) {
-  Tensor x(DType::f32, std::move(shape));
-  const Index axis = static_cast<Index>(x.shape().size()) - 2, tokens = x.shape()[static_cast<size_t>(axis)];
-  const Index d = x.shape().back(), heads = x.size() / (tokens * d);
-  constexpr Index at_once = 256;
-  const Index units = ceil_div(tokens, at_once);
-  parallel_for(heads * units, [&](Index unit, int) {
-    const Index head = unit / units, first = unit % units * at_once;
-    for (Index t = first; t < std::min(tokens, first + at_once); ++t) {
-      float* row = x.as<float>() + (head * tokens + t) * d;
-      read(head, t, row);
-      layer_norm(row, d, eps);
-    }
-  });
-  return x;
-}
-
 // Our addition, for use without trained centroids: k-means of the queries and keys at hand, which share their
-// centroids. So that it stays cheap it sees 64 vectors a cluster, one at random from each of as many equal stretches.
+// centroids. So that it stays cheap it sees 64 vectors a cluster.
 std::vector<float> fit_centroids(const Params& p, Index clusters, std::span<const float> q, std::span<const float> k,
                                  Index d) {
   const Index queries = static_cast<Index>(q.size()) / d, rows = queries + static_cast<Index>(k.size()) / d;
   if (clusters > rows)
     fail_usage("routing-transformer: clusters = {}, expected at most {}, the vectors there are", clusters, rows);
   const auto seed = static_cast<std::uint64_t>(p.integer("seed"));
-  const Index sampled = std::min(rows, 64 * clusters);
-  std::vector<float> x(static_cast<size_t>(sampled * d));
-  Random random(seed);
-  for (Index i = 0; i < sampled; ++i) {
-    const Index begin = rows * i / sampled, row = begin + random.below(rows * (i + 1) / sampled - begin);
+  std::vector<float> x;
+  for (const Index row : sample_evenly(rows, std::min(rows, 64 * clusters), seed)) {
     const float* from = row < queries ? q.data() + row * d : k.data() + (row - queries) * d;
-    std::copy_n(from, d, x.data() + i * d);
+    x.insert(x.end(), from, from + d);
   }
-  return spherical_kmeans(x.data(), sampled, d,
-                          {.clusters = clusters, .iterations = p.integer("iterations"), .seed = random.next()});
+  return spherical_kmeans(x.data(), static_cast<Index>(x.size()) / d, d,
+                          {.clusters = clusters, .iterations = p.integer("iterations"), .seed = seed});
 }
 
 // The centroids of every batch and KV head, [B · Hk][C · D].
@@ -112,14 +89,15 @@ Plan plan_routing(const Params& p, const Inputs& in) {
                p.number("scale"), in.rule.scale);
   const auto eps = static_cast<float>(p.number("ln_eps"));
 
+  // Step 1.
   const auto routing = std::make_shared<Routing>();
-  routing->q = normalised({problem.B, problem.Hq, problem.N, problem.D}, eps, [&](Index head, Index t, float* row) {
-    in.q.read(head / problem.Hq, head % problem.Hq, t, row);
-  });
+  routing->q = layer_norm_rows(
+      {problem.B, problem.Hq, problem.N, problem.D}, eps,
+      [&](Index head, Index t, float* row) { in.q.read(head / problem.Hq, head % problem.Hq, t, row); });
   Tensor k(DType::f32, {0});
   if (!shared)
-    k = normalised({problem.B * problem.Hk, problem.M, problem.D}, eps,
-                   [&](Index head, Index t, float* row) { in.kv->read_key(head, t, row); });
+    k = layer_norm_rows({problem.B * problem.Hk, problem.M, problem.D}, eps,
+                        [&](Index head, Index t, float* row) { in.kv->read_key(head, t, row); });
   const Tensor& keys = shared ? routing->q : k;
 
   // Steps 2 and 3. One set of centroids for a KV head and its queries (the group's sharing is our choice).

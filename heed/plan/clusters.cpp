@@ -17,9 +17,40 @@ void layer_norm(float* x, Index d, float eps) {
   for (Index i = 0; i < d; ++i) sum += static_cast<double>(x[i]);
   const auto mean = static_cast<float>(sum / static_cast<double>(d));
   for (Index i = 0; i < d; ++i) x[i] -= mean;
-  const float square = kernels().dot(x, x, d) / static_cast<float>(d) + eps;
-  const float factor = square > 0 ? 1 / std::sqrt(square) : 0;
+  auto square = static_cast<double>(kernels().dot(x, x, d));
+  if (!std::isfinite(square)) {  // beyond f32
+    square = 0;
+    for (Index i = 0; i < d; ++i) square += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  }
+  const double variance = square / static_cast<double>(d) + static_cast<double>(eps);
+  const float factor = variance > 0 ? static_cast<float>(1 / std::sqrt(variance)) : 0;
   for (Index i = 0; i < d; ++i) x[i] *= factor;
+}
+
+Tensor layer_norm_rows(Shape shape, float eps, const std::function<void(Index head, Index token, float* row)>& read) {
+  const Index tokens = shape[shape.size() - 2], d = shape.back();
+  Tensor x(DType::f32, std::move(shape));
+  constexpr Index at_once = 256;
+  const Index units = ceil_div(tokens, at_once);
+  parallel_for(x.size() / (tokens * d) * units, [&](Index unit, int) {
+    const Index head = unit / units, first = unit % units * at_once;
+    for (Index t = first; t < std::min(tokens, first + at_once); ++t) {
+      float* row = x.as<float>() + (head * tokens + t) * d;
+      read(head, t, row);
+      layer_norm(row, d, eps);
+    }
+  });
+  return x;
+}
+
+std::vector<Index> sample_evenly(Index rows, Index count, std::uint64_t seed) {
+  std::vector<Index> sample;
+  Random random(seed);
+  for (Index i = 0; i < count; ++i) {
+    const Index begin = rows * i / count;
+    sample.push_back(begin + random.below(rows * (i + 1) / count - begin));
+  }
+  return sample;
 }
 
 void nearest_centroids(const float* x, Index n, Index d, std::span<const float> centroids, std::int32_t* nearest) {

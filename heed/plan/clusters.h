@@ -1,6 +1,7 @@
 // Clusters of vectors: centroids found by k-means on a sphere, and the vectors nearest to each of them.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -11,6 +12,12 @@ namespace heed {
 /// x [d] less its mean, over the root of its variance + eps: no weight, no bias. Its norm becomes sqrt(d) (0 for a
 /// constant x), so that the largest dot product with a centroid and the least distance to it are the same.
 void layer_norm(float* x, Index d, float eps);
+
+/// The rows that read(head, token, row) gives, normalised so: shape [..., tokens, d], whose leading axes are the heads.
+Tensor layer_norm_rows(Shape shape, float eps, const std::function<void(Index head, Index token, float* row)>& read);
+
+/// `count` (1 … rows) of rows 0 … rows-1, ascending: one at random from each of as many equal stretches.
+std::vector<Index> sample_evenly(Index rows, Index count, std::uint64_t seed);
 
 /// nearest[i] = the centroid of largest dot product with row i of x [n, d], the lower among equals. centroids
 /// [clusters, d], any norm.
@@ -24,7 +31,7 @@ std::vector<std::vector<std::int32_t>> gather_clusters(const KeyValues& x,
                                                        std::span<const std::span<const float>> centroids, Index width);
 
 struct KMeansOptions {
-  Index clusters = 1;    // at most as many as there are rows
+  Index clusters = 1;  // at most as many as there are rows
   Index iterations = 10;
   std::uint64_t seed = 0;
 };

@@ -131,7 +131,8 @@ namespace {
 
 // The columns of a feature lie side by side (every other one in bf16): each panel's are folded first.
 template <class Fold>
-void fold_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float start, float* out, Fold fold) {
+void fold_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float start, float* out,
+                  Fold fold) {
   for (Index from = begin; from < end;) {
     const Index to = std::min(end, round_up(from + 1, panel_columns)), count = to - from;
     for (Index i = 0; i < layout.d; ++i) {

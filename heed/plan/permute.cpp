@@ -39,7 +39,8 @@ namespace {
 
 // heads views of `columns` columns; view i shows head head_of(i) of kv in the order order_of(i).
 template <class HeadOf, class OrderOf>
-void copy_heads(const KeyValues& kv, Index heads, Index columns, HeadOf head_of, OrderOf order_of, PermutedSource& out) {
+void copy_heads(const KeyValues& kv, Index heads, Index columns, HeadOf head_of, OrderOf order_of,
+                PermutedSource& out) {
   const PanelLayout& layout = kv.layout();
   out.keys = Tensor(layout.dtype, {heads, layout.key_elements(columns)});
   out.values = Tensor(layout.dtype, {heads, layout.value_elements(columns)});
@@ -56,8 +57,8 @@ void copy_heads(const KeyValues& kv, Index heads, Index columns, HeadOf head_of,
   parallel_for(heads * panels, [&](Index unit, int) {
     const Index i = unit / panels, first = unit % panels * panel_columns, head = head_of(i);
     const auto copy = [&]<class T>(T* keys, T* values) {
-      copy_panel(layout, static_cast<const T*>(kv.keys(head)), static_cast<const T*>(kv.values(head)), order_of(i), first,
-                 keys + i * layout.key_elements(columns), values + i * layout.value_elements(columns));
+      copy_panel(layout, static_cast<const T*>(kv.keys(head)), static_cast<const T*>(kv.values(head)), order_of(i),
+                 first, keys + i * layout.key_elements(columns), values + i * layout.value_elements(columns));
     };
     if (layout.dtype == DType::bf16) copy(out.keys.as<bf16>(), out.values.as<bf16>());
     else copy(out.keys.as<float>(), out.values.as<float>());
@@ -82,7 +83,8 @@ std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<con
   return out;
 }
 
-std::shared_ptr<const PermutedSource> permute_each(const KeyValues& kv, std::span<const std::vector<std::int32_t>> orders) {
+std::shared_ptr<const PermutedSource> permute_each(const KeyValues& kv,
+                                                   std::span<const std::vector<std::int32_t>> orders) {
   const Index heads = static_cast<Index>(orders.size()), group = heads / kv.heads();
   auto out = std::make_shared<PermutedSource>();
   for (const auto& order : orders)

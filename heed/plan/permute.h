@@ -24,8 +24,10 @@ std::shared_ptr<const PermutedSource> permute(const KeyValues& kv, std::span<con
                                               std::span<const std::int32_t> heads);
 
 /// An order for every query head: view l (batch · query heads + query head) holds the columns orders[l] of the KV head
-/// that the query head reads. All orders have the same length. Takes memory for query heads x columns of keys and values.
-std::shared_ptr<const PermutedSource> permute_each(const KeyValues& kv, std::span<const std::vector<std::int32_t>> orders);
+/// that the query head reads. All orders have the same length. Takes memory for query heads x columns of keys and
+/// values.
+std::shared_ptr<const PermutedSource> permute_each(const KeyValues& kv,
+                                                   std::span<const std::vector<std::int32_t>> orders);
 
 /// Adds a permuted source to the plan and keeps it alive. Returns its index, or 0, the input
 /// itself, when `order` lists its columns as they stand.
