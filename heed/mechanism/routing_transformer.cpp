@@ -68,6 +68,33 @@ std::vector<std::vector<std::int32_t>> lists_of(const KeyValues& x, const std::v
   return gather_clusters(x, of_head, width);
 }
 
+// Step 1: [B, Hq, N, D] and [B · Hk, M, D].
+Tensor normalised_queries(const Inputs& in, float eps) {
+  const Problem& p = in.problem;
+  return layer_norm_rows({p.B, p.Hq, p.N, p.D}, eps,
+                         [&](Index head, Index t, float* row) { in.q.read(head / p.Hq, head % p.Hq, t, row); });
+}
+Tensor normalised_keys(const Inputs& in, float eps) {
+  const Problem& p = in.problem;
+  return layer_norm_rows({p.B * p.Hk, p.M, p.D}, eps,
+                         [&](Index head, Index t, float* row) { in.kv->read_key(head, t, row); });
+}
+
+// `mu` of the k-means over the first batch.
+NamedTensors calibrate(const Params& p, const Inputs& in) {
+  const auto eps = static_cast<float>(p.number("ln_eps"));
+  const Tensor q = normalised_queries(in, eps), k = normalised_keys(in, eps);
+  const std::vector<std::vector<float>> centroids = centroids_of(p, in, q, k);
+  Tensor mu(DType::f32, {in.problem.Hk, static_cast<Index>(centroids[0].size()) / in.problem.D, in.problem.D});
+  for (Index head = 0; head < in.problem.Hk; ++head) {
+    const std::vector<float>& from = centroids[static_cast<size_t>(head)];
+    std::copy(from.begin(), from.end(), mu.as<float>() + head * static_cast<Index>(from.size()));
+  }
+  NamedTensors tensors;
+  tensors.emplace("mu", std::move(mu));
+  return tensors;
+}
+
 // Everything that emit needs, per lane.
 struct Routing {
   Tensor q;                                         // normalised [B, Hq, N, D]
@@ -91,13 +118,9 @@ Plan plan_routing(const Params& p, const Inputs& in) {
 
   // Step 1.
   const auto routing = std::make_shared<Routing>();
-  routing->q = layer_norm_rows(
-      {problem.B, problem.Hq, problem.N, problem.D}, eps,
-      [&](Index head, Index t, float* row) { in.q.read(head / problem.Hq, head % problem.Hq, t, row); });
+  routing->q = normalised_queries(in, eps);
   Tensor k(DType::f32, {0});
-  if (!shared)
-    k = layer_norm_rows({problem.B * problem.Hk, problem.M, problem.D}, eps,
-                        [&](Index head, Index t, float* row) { in.kv->read_key(head, t, row); });
+  if (!shared) k = normalised_keys(in, eps);
   const Tensor& keys = shared ? routing->q : k;
 
   // Steps 2 and 3. One set of centroids for a KV head and its queries (the group's sharing is our choice).
@@ -230,6 +253,7 @@ const Mechanism& routing_transformer() {
       .not_on_models = "its models are trained with normalised queries and keys and with its centroids",
       .plan = plan_routing,
       .finish = finish_routing,
+      .calibrate = calibrate,
   };
   return m;
 }
