@@ -20,7 +20,7 @@ struct Entry {
 //
 // Known to be outside: heads of 256 features, whose chunks leave the second-level cache (18 % more than the model
 // says); lists of pages, which are packed faster than single columns (85 for single ones, 35 for pairs and 13 for pages
-// of 16 stand behind the 50). Mechanisms at N = 8192 (dense, streaming, moba, power, paro, hip without its search) took
+// of 16 stand behind the 50). The plans of real mechanisms at N = 8192 took
 // 3 … 20 % more than the model says, scattered blocks at N = 32768 up to 28 %.
 //
 // An exponential is some 17 vector instructions, each of which keeps a multiply-add of 2 flops a lane from its port:

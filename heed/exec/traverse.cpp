@@ -135,7 +135,7 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
     for (Index begin = first, stop; begin < end; begin = stop) {
       const Index base = begin / panel_columns * panel_columns, most = std::min(end, base + chunk_columns);
       for (stop = most; stop > begin && !has_bit(view.gates, stop - 1);) --stop;
-      if (stop == begin) fail("columns from {} on: no landmark before {}, expected a group to fit", begin, most);
+      if (stop == begin) fail("columns from {} on: no gate before {}, expected a group to fit", begin, most);
       if (mine(base)) run_chunk(rows, tile, extent, view, first, begin - first, stop - first, stats);
     }
     return;
@@ -189,12 +189,12 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
       task.row_list = extent.ranks + r0;
     task.q = rows.q, task.m = rows.m, task.l = rows.l, task.acc = rows.acc;
     task.scale = rule.scale, task.softcap = rule.softcap;
-    Index landmarks = 0;
+    Index closing = 0;  // gates, which are not attended
     if (tile.gated) {
       for (Index p = 0; p < task.panels; ++p) {
         const Index start = whole_first + p * panel_columns;
         gates[p] = view.gates[panel0 + p] & bit_range(from - start, to - start);
-        landmarks += std::popcount(gates[p]);
+        closing += std::popcount(gates[p]);
       }
       task.gates = gates;
       task.gates_begin = std::max<Index>(0, from - whole_first);
@@ -224,7 +224,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     }
 
     stats.panels_visited += task.panels;
-    stats.pairs += pairs - (full ? count * landmarks : 0);
+    stats.pairs += pairs - (full ? count * closing : 0);
     stats.pairs_computed += count * task.panels * panel_columns;
     stats.rows_visited += count;
     read_first = std::min(read_first, panel0), read_end = std::max(read_end, panel1);

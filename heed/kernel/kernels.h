@@ -31,10 +31,10 @@ struct PanelTask {
   float scale = 1, softcap = 0;
   const float* add = nullptr;
   Index add_stride = 0;
-  // gates: null, or bit c of gates[p] says that column c of panel p is a landmark, which closes the group of
-  // columns since the landmark before it, or since column gates_begin. A landmark's score is added to those
-  // of its group's visible columns after their log-sum-exp was taken away; the landmark itself is not
-  // attended, nor is a group whose landmark is hidden, nor a column that no group holds.
+  // gates: null, or bit c of gates[p] says that column c of panel p is a gate, which closes the group of
+  // columns since the gate before it, or since column gates_begin. A gate's score is added to those
+  // of its group's visible columns after their log-sum-exp was taken away; the gate itself is not
+  // attended, nor is a group whose gate is hidden, nor a column that no group holds.
   const std::uint64_t* gates = nullptr;
   Index gates_begin = 0;
 };

@@ -74,7 +74,7 @@ inline void softmax_row(float* s, P* p, Index from, Index to, float factor, cons
   l += sum_lanes(sum0 + sum1);
 }
 
-/// The groups of a task: [begin, gate[0]], (gate[0], gate[1]], …, each closed by its landmark.
+/// The groups of a task: [begin, gate[0]], (gate[0], gate[1]], …, each closed by its gate.
 struct Groups {
   Index begin = 0, count = 0;
   std::int32_t gate[chunk_columns];
@@ -91,9 +91,9 @@ inline void list_groups(const PanelTask& t, Groups& groups) {
 /// The first n lanes.
 inline std::uint32_t lanes_below(Index n) { return (std::uint32_t{1} << n) - 1; }
 
-/// As softmax_row, for columns in groups: the landmarks compete in the row's softmax, and what one wins is
+/// As softmax_row, for columns in groups: the gates compete in the row's softmax, and what one wins is
 /// shared out by a softmax over the tokens of its group. As one softmax over everything a token's score
-/// is s - lse(group's tokens) + s(landmark); here every exponential is taken once.
+/// is s - lse(group's tokens) + s(gate); here every exponential is taken once.
 template <bool fine, class P>
 inline void softmax_groups(float* s, P* p, Index from, Index to, float factor, const std::uint64_t* words,
                            const Groups& groups, float& m, float& l, float* acc, Index dvp) {
