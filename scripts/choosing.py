@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measures every mechanism that runs on a model at about the same density, and renders what docs/choosing.md shows.
 
-    scripts/choosing.py measure smollm2|gemma3 [NAME ...]   build/choosing/MODEL-NAME.json, by heed compare
+    scripts/choosing.py measure smollm2|gemma3 [NAME ...]   what is lost: build/choosing/MODEL-NAME.json
+    scripts/choosing.py time smollm2|gemma3                 how fast: build/choosing/MODEL-times.json; wants a quiet machine
     scripts/choosing.py render                              the tables of docs/choosing.md, and docs/choosing.svg
 
-A measurement that exists is not repeated: delete its file. Only Python's standard library is used.
+Both are runs of heed compare. A measurement that exists is not repeated: delete its file. Only Python's standard library is used.
 """
 import json
 import math
@@ -44,23 +45,36 @@ CALLS = {
 }
 
 
-def measure(model, names):
+def compare(model, calls, out, extra):
+    command = [
+        os.environ.get("HEED_COMMAND", str(ROOT / "build/bin/heed")), "compare", str(CACHE / MODELS[model]["file"]),
+        "--file", str(CACHE / "bible-kjv.txt"), "--tokens", str(TOKENS), "--json", str(out), *extra,
+    ]
+    for name in calls:
+        command += ["--mechanism", CALLS[name].format(**MODELS[model])]
     RESULTS.mkdir(parents=True, exist_ok=True)
+    print(model, *calls, flush=True)
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+        print(f"{model} {' '.join(calls)}: failed", file=sys.stderr)
+
+
+def measure(model, names):
     about = MODELS[model]
+    tasks = ["--task", "perplexity,passkey,copy", "--passkey-length", str(about["length"]), "--copy-gap", str(about["gap"])]
     for name in names or CALLS:
         out = RESULTS / f"{model}-{name}.json"
-        if out.exists():
-            continue
-        command = [
-            os.environ.get("HEED_COMMAND", str(ROOT / "build/bin/heed")), "compare", str(CACHE / about["file"]), "--file", str(CACHE / "bible-kjv.txt"),
-            "--tokens", str(TOKENS), "--mechanism", CALLS[name].format(**about), "--task", "perplexity,passkey,copy",
-            "--passkey-length", str(about["length"]), "--copy-gap", str(about["gap"]), "--json", str(out),
-        ]
-        print(model, name, flush=True)
-        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-            print(f"{model} {name}: failed", file=sys.stderr)
+        if not out.exists():
+            compare(model, [name], out, tasks)
 
 
+def time(model):
+    out = RESULTS / f"{model}-times.json"
+    if not out.exists():
+        # The shortest task there is: the document is read and timed, and nothing is scored.
+        compare(model, list(CALLS), out, ["--task", "copy", "--copy-gap", "1"])
+
+
+# Rows by name: what was lost, and the seconds of the timed run where there was one.
 def load(model):
     rows = {}
     for name in CALLS:
@@ -68,7 +82,22 @@ def load(model):
         if path.exists():
             whole = json.loads(path.read_text())
             rows[name] = whole["mechanisms"][0] | {"machine": whole["machine"], "isa": whole["isa"]}
+            rows[name] |= {"prefill_s": None, "attention_s": None}
+    times = RESULTS / f"{model}-times.json"
+    if times.exists():
+        for name, row in zip(CALLS, json.loads(times.read_text())["mechanisms"]):
+            if name in rows:
+                rows[name] |= {"prefill_s": row["prefill_s"], "attention_s": row["attention_s"]}
     return rows
+
+
+def faster(dense, row, key):
+    return dense[key] / row[key] if dense[key] and row[key] else None
+
+
+def ratio(dense, row, key):
+    x = faster(dense, row, key)
+    return f"{x:.2f} ×" if x else "–"
 
 
 def table(about, rows):
@@ -82,8 +111,8 @@ def table(about, rows):
         copies = r["tasks"]["copy"]
         second = sum(c["nll_second"] for c in copies) / len(copies)
         lines.append(
-            f"| `{CALLS[name].format(**about)}` | {100 * r['density']:.1f} % | {dense['prefill_s'] / r['prefill_s']:.2f} × | "
-            f"{dense['attention_s'] / r['attention_s']:.2f} × | {r['ppl']:.2f} | "
+            f"| `{CALLS[name].format(**about)}` | {100 * r['density']:.1f} % | {ratio(dense, r, 'prefill_s')} | "
+            f"{ratio(dense, r, 'attention_s')} | {r['ppl']:.2f} | "
             f"{sum(k['found'] for k in keys)}/{len(keys)} | {second:.2f} |"
         )
     first = [c["nll_first"] for c in dense["tasks"]["copy"]]
@@ -116,7 +145,7 @@ def svg(models):
     ]
     for i, (model, rows) in enumerate(models.items()):
         dense = rows["dense"]
-        data = [(dense["attention_s"] / r["attention_s"], r["nll"] - dense["nll"], n, r) for n, r in rows.items()]
+        data = [(faster(dense, r, "attention_s") or 1, r["nll"] - dense["nll"], n, r) for n, r in rows.items()]
         top = max(d[0] for d in data) * 1.12
         high = max(d[1] for d in data) * 1.08 + 1e-9
         low = min(0, min(d[1] for d in data)) - 0.03 * high
@@ -180,6 +209,8 @@ def render():
 if __name__ == "__main__":
     if len(sys.argv) >= 3 and sys.argv[1] == "measure" and sys.argv[2] in MODELS:
         measure(sys.argv[2], sys.argv[3:])
+    elif len(sys.argv) == 3 and sys.argv[1] == "time" and sys.argv[2] in MODELS:
+        time(sys.argv[2])
     elif sys.argv[1:] == ["render"]:
         render()
     else:
