@@ -200,6 +200,8 @@ def render():
     text = page.read_text()
     for model, rows in models.items():
         begin, end = f"<!-- table {model} -->", "<!-- end -->"
+        if begin not in text:
+            continue
         at = text.index(begin) + len(begin)
         text = text[:at] + "\n\n" + table(MODELS[model], rows) + "\n\n" + text[text.index(end, at):]
     page.write_text(text)
