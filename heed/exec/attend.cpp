@@ -6,61 +6,16 @@
 #include <limits>
 
 #include "heed/base/threads.h"
+#include "heed/exec/gather.h"
 #include "heed/exec/rows.h"
 #include "heed/exec/traverse.h"
+#include "heed/exec/units.h"
 
 namespace heed {
 namespace {
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// Calls with few rows are cut along the columns as well: splits of this many chunks, so that two
-// threads can share one decode step. A function of shapes alone.
-constexpr Index few_rows = 256, split_chunks = 8;
-// Query heads that share keys are stacked while all their rows fit in one sub-block.
-constexpr Index stacked_rows = 48;
-
-// The work of a plan: (lane, row block, split), the blocks with the most columns first.
-struct Units {
-  Index heads = 1;   // stacked
-  Index lanes = 0;   // per batch and head (or KV head when stacked)
-  Index blocks = 0, splits = 1;
-  Index count() const { return lanes * blocks * splits; }
-};
-
-Units units_of(const Plan& plan) {
-  const Problem& p = plan.problem;
-  Units u;
-  const bool stack = plan.lanes == Lanes::per_kv_head && plan.rows_per_head() * p.group() <= stacked_rows;
-  u.heads = stack ? p.group() : 1;
-  u.lanes = p.B * p.Hq / u.heads;
-  u.blocks = std::max<Index>(0, static_cast<Index>(plan.cuts.size()) - 1);
-  if (plan.rows_per_head() <= few_rows) {
-    Index chunks = 0;
-    for (const Source& s : plan.sources) chunks += ceil_div(s.views.empty() ? 0 : s.views[0].columns, chunk_columns);
-    u.splits = std::max<Index>(1, ceil_div(chunks, split_chunks));
-  }
-  return u;
-}
-
-RowBlock block_of(const Plan& plan, const Units& u, Index lane, Index cut) {
-  const Problem& p = plan.problem;
-  RowBlock block;
-  const Index per_batch = p.Hq / u.heads;
-  block.b = lane / per_batch;
-  block.head = lane % per_batch * u.heads;
-  block.kv_head = block.head / p.group();
-  block.first = plan.cuts[static_cast<size_t>(cut)];
-  block.rows = plan.cuts[static_cast<size_t>(cut) + 1] - block.first;
-  block.position0 = p.position(0);
-  if (!plan.row_tokens.empty())
-    block.tokens = plan.row_tokens[static_cast<size_t>(plan.lanes == Lanes::per_query_head
-                                                           ? block.b * p.Hq + block.head
-                                                           : block.b * p.Hk + block.kv_head)]
-                       .data();
-  return block;
 }
 
 // o = acc / l and lse = m + ln l, with the head's sink in the denominator.
@@ -87,6 +42,24 @@ void finish(const Plan& plan, const Rows& rows, const PanelLayout& layout, const
       target.lse[(block.b * plan.problem.Hq + head) * plan.rows_per_head() + row] = static_cast<float>(lse);
   }
 }
+
+// Scores, online softmax, weighted values.
+class AttendPanels final : public PanelWork {
+ public:
+  explicit AttendPanels(const Plan& plan) : plan_(plan) {}
+  SourceView take_up(const Rows&, const Tile& tile, const SourceView& view, Index from, Index count,
+                     Scratch& scratch) override {
+    const PanelLayout& layout = plan_.sources[static_cast<size_t>(tile.source)].layout;
+    return gather_columns(layout, view, tile.columns, from, count, scratch);
+  }
+  void meet(const Rows&, const Tile&, const PanelTask& task, const Place&, Scratch&) override {
+    if (task.layout.dtype == DType::bf16) kernels().attend_bf16(task);
+    else kernels().attend_f32(task);
+  }
+
+ private:
+  const Plan& plan_;
+};
 
 // One thread's tally, on cache lines of its own.
 struct alignas(128) Tally {
@@ -125,9 +98,6 @@ AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
   stats.attend_s = wall - stats.plan_s;
   return stats;
 }
-
-// Chunks that one split holds.
-Index chunks_of_split(const Units& u) { return u.splits > 1 ? split_chunks : std::numeric_limits<Index>::max(); }
 
 }  // namespace
 
@@ -174,6 +144,7 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
   const auto carry_out = [&](Index unit, Index split, const RowBlock& block, const std::vector<Tile>& tiles,
                              AttendStats& counted, Scratch& scratch) {
     Rows rows = load_rows(plan, block, u.heads, layout, scratch);
+    AttendPanels work(plan);
     if (u.splits > 1) {
       const Part& part = parts[static_cast<size_t>(unit)];
       std::copy_n(rows.m, rows.count(), part.m);
@@ -181,7 +152,7 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
       std::copy_n(rows.acc, rows.count() * layout.dvp, part.acc);
       rows.m = part.m, rows.l = part.l, rows.acc = part.acc;
     }
-    Traversal(plan, scratch).run(rows, tiles, split, chunks_of_split(u), counted);
+    Traversal(plan, scratch, &work).run(rows, tiles, split, u.split_chunks(), counted);
     if (u.splits == 1) finish(plan, rows, layout, target);
   };
   AttendStats stats = run_units(plan, u, carry_out);
@@ -206,7 +177,7 @@ AttendStats rehearse(const Plan& plan) {
                          Scratch& scratch) {
     Rows rows;
     rows.block = block, rows.heads = u.heads;
-    Traversal(plan, scratch, Traversal::Arithmetic::none).run(rows, tiles, split, chunks_of_split(u), counted);
+    Traversal(plan, scratch, nullptr).run(rows, tiles, split, u.split_chunks(), counted);
   };
   return run_units(plan, u, count);
 }

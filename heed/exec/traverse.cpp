@@ -121,11 +121,11 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
       if (!mine(from)) continue;
       const Scratch::Mark mark(scratch_);
       const Index count = std::min(chunk_columns, tile.columns.count - from);
-      const SourceView piece = arithmetic_ == Arithmetic::none
-                                   ? describe_columns(view, tile.columns, from, count, scratch_)
-                                   : gather_columns(source.layout, view, tile.columns, from, count, scratch_);
+      const SourceView piece = work_ == nullptr ? describe_columns(view, tile.columns, from, count, scratch_)
+                                                : work_->take_up(rows, tile, view, from, count, scratch_);
       stats.columns_gathered += count;
       run_chunk(rows, tile, extent, piece, from, from, from + count, stats);
+      if (work_ != nullptr) work_->put_back(rows, tile, from, count);
     }
     return;
   }
@@ -228,7 +228,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     stats.pairs_computed += count * task.panels * panel_columns;
     stats.rows_visited += count;
     read_first = std::min(read_first, panel0), read_end = std::max(read_end, panel1);
-    if (arithmetic_ == Arithmetic::none) continue;
+    if (work_ == nullptr) continue;
 
     const Scratch::Mark mark(scratch_);
     task.k = static_cast<const std::byte*>(view.keys) + panel0 * layout.panel_elements() * element;
@@ -244,10 +244,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
       task.add = add;
       task.add_stride = per_row ? columns : 0;
     }
-    if (layout.dtype == DType::bf16)
-      kernels().attend_bf16(task);
-    else
-      kernels().attend_f32(task);
+    work_->meet(rows, tile, task, {view, panel0, origin}, scratch_);
   }
   stats.panels_read += std::max<Index>(0, read_end - read_first);
 }

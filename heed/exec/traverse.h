@@ -6,15 +6,34 @@
 
 namespace heed {
 
+/// Where the columns of a task stand.
+struct Place {
+  const SourceView& view;  // of the tile's source, or of a piece gathered from it
+  Index panel = 0;         // the first panel of the task in the view
+  Index origin = 0;        // rank in the tile of the view's column 0
+  Index first() const { return panel * panel_columns + origin; }  // rank of the task's first column
+};
+
+/// What is done where rows meet panels.
+class PanelWork {
+ public:
+  virtual ~PanelWork() = default;
+  /// Members [from, from + count) of a listed tile's columns, packed as a view of their own, which the tasks up to
+  /// put_back() mean.
+  virtual SourceView take_up(const Rows& rows, const Tile& tile, const SourceView& view, Index from, Index count,
+                             Scratch& scratch) = 0;
+  virtual void put_back(const Rows&, const Tile&, Index /*from*/, Index /*count*/) {}
+  virtual void meet(const Rows& rows, const Tile& tile, const PanelTask& task, const Place& place,
+                    Scratch& scratch) = 0;
+};
+
 /// Walks the tiles of a block for rows that may be cut into splits of `split_chunks` chunks each.
 /// A chunk belongs to a split by its place in its source (a list's: in the list) and not by which
 /// other tiles there are, so a row's bits do not depend on what the block's other rows see.
 class Traversal {
  public:
-  /// Without arithmetic a traversal only counts, and rows need neither queries nor state.
-  enum class Arithmetic : std::uint8_t { all, none };
-  Traversal(const Plan& plan, Scratch& scratch, Arithmetic arithmetic = Arithmetic::all)
-      : plan_(plan), scratch_(scratch), arithmetic_(arithmetic) {}
+  /// Without work (null) a traversal only counts, and rows need neither queries nor state.
+  Traversal(const Plan& plan, Scratch& scratch, PanelWork* work) : plan_(plan), scratch_(scratch), work_(work) {}
 
   /// Visits every chunk of every tile that belongs to the split.
   void run(const Rows& rows, const std::vector<Tile>& tiles, Index split, Index split_chunks, AttendStats& stats);
@@ -28,7 +47,7 @@ class Traversal {
 
   const Plan& plan_;
   Scratch& scratch_;
-  Arithmetic arithmetic_;
+  PanelWork* work_;
   Index split_ = 0, split_chunks_ = 1;
 };
 

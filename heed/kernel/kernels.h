@@ -39,14 +39,36 @@ struct PanelTask {
   Index gates_begin = 0;
 };
 
+/// The backward pass over the rows and columns of a PanelTask in f32. A row's weights p come again from its
+/// log-sum-exp; then ds = p∘(do·v^T - delta), dv += p^T·do, dq += ds·k and dk += ds^T·q, where ds has the soft-cap's
+/// derivative but not the scale, which is left to whoever reads dq and dk.
+struct BackwardTask {
+  // Rows, k, words and the rule, as forward; not q, v, m, l and acc. layout: f32.
+  PanelTask scores;
+  Index qp = 0, dvp = 0;  // widths of padded rows of D and of Dv numbers, multiples of 16
+  // Of the task's rows, one after the other: q [rows, qp], dout [rows, dvp], natural lse (finite) and delta = Σ do·o.
+  const float *q = nullptr, *dout = nullptr, *lse = nullptr, *delta = nullptr;
+  // The task's columns once more: values as panels of Dv features, keys as rows [panels·64, qp].
+  const float *values = nullptr, *keys = nullptr;
+  // Sums: of all rows, reached by rank [·, qp]; of the task's columns [panels·64, qp], [panels·64, dvp].
+  float *dq = nullptr, *dk = nullptr, *dv = nullptr;
+  float* dcolumn = nullptr;  // [panels·64] += Σ over rows of the scores' gradients, or null
+  // Room for [rows][stride] weights and as many ds; the scores' gradients, ds before the soft-cap, go to dscore
+  // unless it is null, 0 where a row sees nothing.
+  float *p = nullptr, *ds = nullptr, *dscore = nullptr;
+  static constexpr Index stride = chunk_columns + 16;  // lines of successive rows meet in different cache sets
+};
+
 struct Kernels {
   const char* name;
-  bool bf16_dot;       // bf16 panels are multiplied as such; else bf16 means rounded f32
-  Index key_step;      // bf16: dp is a multiple of this
-  Index row_step;      // rows that one pass over a panel serves
+  bool bf16_dot;  // bf16 panels are multiplied as such; else bf16 means rounded f32
+  Index key_step;  // bf16: dp is a multiple of this
+  Index row_step;  // rows that one pass over a panel serves
 
   void (*attend_f32)(const PanelTask&);
   void (*attend_bf16)(const PanelTask&);
+
+  void (*attend_backward)(const BackwardTask&);
 
   // C[m×n] = A[m×k]·B, or C += when accumulate. A: row-major, lda elements. B: panels of 64
   // columns packed like keys (B[k×n] has n/64 panels, n rounded up). C: row-major, ldc elements,

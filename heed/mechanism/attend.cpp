@@ -174,11 +174,10 @@ NamedTensors calibrate(const MechanismCall& call, const AttendInput& in) {
   return checked.mechanism.calibrate(checked.params, checked.inputs);
 }
 
-AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
-  const double start = now();
-  const CheckedCall checked = check(call, in);
-  const Plan plan = checked.plan();
-  const double planned = now() - start;
+namespace {
+
+// Carries out the plan of a call.
+AttendOutput attend(const CheckedCall& checked, const Plan& plan) {
   const Problem& p = plan.problem;
   const Index rows = plan.rows_per_head();
   AttendOutput out;
@@ -186,10 +185,66 @@ AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
   out.lse = Tensor(DType::f32, {p.B, p.Hq, rows});
   const AttendTarget target{out.o.as<float>(), p.Hq * rows * p.Dv, rows * p.Dv, p.Dv, out.lse.as<float>()};
   out.stats = heed::attend(plan, target);
-  out.stats.plan_s += planned;
   out.density = static_cast<double>(out.stats.pairs) / static_cast<double>(dense_pairs(checked.inputs.problem));
-  if (checked.mechanism.finish != nullptr) checked.mechanism.finish(checked.params, checked.inputs, plan, out);
   return out;
+}
+
+void finish(const CheckedCall& checked, const Plan& plan, AttendOutput& out) {
+  if (checked.mechanism.finish != nullptr) checked.mechanism.finish(checked.params, checked.inputs, plan, out);
+}
+
+}  // namespace
+
+AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
+  const double start = now();
+  const CheckedCall checked = check(call, in);
+  const Plan plan = checked.plan();
+  const double planned = now() - start;
+  AttendOutput out = attend(checked, plan);
+  out.stats.plan_s += planned;
+  finish(checked, plan, out);
+  return out;
+}
+
+bool always(const Params&, const Inputs&) { return true; }
+
+AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
+                                AttendOutput* forward) {
+  const double start = now();
+  const CheckedCall checked = check(call, in);
+  const Mechanism& m = checked.mechanism;
+  if (m.plan_gradient == nullptr || !m.plan_gradient(checked.params, checked.inputs))
+    fail("{}: no backward pass yet, expected a mechanism whose gradient is that of its plan", call.text());
+  const Problem& p = checked.inputs.problem;
+  const Shape expected{p.B, p.Hq, p.N, p.Dv};
+  if (!real(dout.dtype)) fail("do: dtype = {}, expected f32, f16 or bf16", name_of(dout.dtype));
+  if (dout.shape != expected) fail("do: shape = {}, expected {}, as o is", to_string(dout.shape), to_string(expected));
+  check_finite(dout, "do", false);
+
+  const Plan plan = checked.plan();
+  const double planned = now() - start;
+  AttendOutput out = attend(checked, plan);
+  out.stats.plan_s += planned;
+  PlanGradients gradients = heed::attend_backward(plan, out.o.view(), out.lse.view(), dout);
+  fold(plan, gradients);
+
+  const auto shaped = [&](const Tensor& x, Index heads) {
+    Tensor y(DType::f32, {p.B, heads, x.shape()[1], x.shape()[2]});
+    std::copy_n(x.as<float>(), x.size(), y.as<float>());
+    return y;
+  };
+  AttendGradients result;
+  result.dk = shaped(gradients.sources[0].dk, p.Hk), result.dv = shaped(gradients.sources[0].dv, p.Hk);
+  result.stats = gradients.stats;
+  if (gradients.dbias.data() != nullptr && in.extra.contains("bias"))
+    result.extra.emplace("bias", std::move(gradients.dbias));
+  if (m.finish_gradient != nullptr) m.finish_gradient(checked.params, checked.inputs, gradients, result);
+  result.dq = std::move(gradients.dq);
+  if (forward != nullptr) {
+    finish(checked, plan, out);
+    *forward = std::move(out);
+  }
+  return result;
 }
 
 AttendOutput attend(std::string_view call, const AttendInput& in) { return attend(MechanismCall::parse(call), in); }

@@ -23,6 +23,12 @@ AttendOutput attend(const MechanismCall& call, const AttendInput& in);
 /// As above with the call as text: attend("moba:block=64,top_k=8", in).
 AttendOutput attend(std::string_view call, const AttendInput& in);
 
+/// Gradients of sum(o∘dout) for o = attend(call, in).o, what the mechanism selects taken as constant; dout is shaped as
+/// o, f32, f16 or bf16, any strides. `forward`, unless null, becomes what attend() returns. Throws as attend() does,
+/// Error also for a dout of another shape or with NaN or infinity, and where the mechanism has no backward pass.
+AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
+                                AttendOutput* forward = nullptr);
+
 /// A call whose input was checked, with its keys and values packed: what plans are made from.
 struct CheckedCall {
   const Mechanism& mechanism;

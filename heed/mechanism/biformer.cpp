@@ -189,6 +189,7 @@ const Mechanism& biformer() {
                  {"lepe_b", real, {"*"}, false, "[Hk·Dv], its bias"}},
       .not_on_models = "it is not causal, and its regions lie on grids of images",
       .plan = plan_biformer,
+      .plan_gradient = [](const Params&, const Inputs& in) { return in.find("lepe_w") == nullptr; },
       .finish = finish_biformer,
   };
   return m;

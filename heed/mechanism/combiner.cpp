@@ -37,7 +37,8 @@ Index add_summaries(Plan& plan, const KeyValues& summaries, std::span<const std:
   const auto positions = std::make_shared<const std::vector<std::int32_t>>(std::move(position));
   Source& source = plan.sources.emplace_back(permuted->source);
   source.per_query_head = true;
-  for (SourceView& view : source.views) view.position = positions->data();
+  // The members are summaries, not tokens.
+  for (SourceView& view : source.views) view.position = positions->data(), view.members = nullptr;
   plan.keep.insert(plan.keep.end(), {permuted, positions});
   return at;
 }

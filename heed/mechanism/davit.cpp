@@ -99,6 +99,7 @@ const Mechanism& davit() {
       .extras = {},
       .not_on_models = "it is not causal: its windows lie on grids of images, its channels see all tokens",
       .plan = plan_davit,
+      .plan_gradient = [](const Params& p, const Inputs&) { return p.text("kind") == "window"; },
       .finish = finish_davit,
   };
   return m;

@@ -43,6 +43,7 @@ const Mechanism& dense() {
                  document_spec(), key_mask_spec()},
       .not_on_models = "",
       .plan = plan_dense,
+      .plan_gradient = always,
   };
   return m;
 }

@@ -126,6 +126,7 @@ const Mechanism& dhsa() {
                   "the predictor's logit that a chunk ends after a token"}},
       .not_on_models = "",
       .plan = plan_dhsa,
+      .plan_gradient = always,
   };
   return m;
 }

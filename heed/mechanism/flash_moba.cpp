@@ -97,6 +97,7 @@ const Mechanism& flash_moba() {
                  document_spec()},
       .not_on_models = "",
       .plan = plan_flash_moba,
+      .plan_gradient = [](const Params&, const Inputs& in) { return in.find("kconv_w") == nullptr; },
   };
   return m;
 }

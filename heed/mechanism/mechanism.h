@@ -11,6 +11,7 @@
 
 #include "heed/base/tensor.h"
 #include "heed/exec/attend.h"
+#include "heed/exec/backward.h"
 #include "heed/mechanism/params.h"
 #include "heed/plan/plan.h"
 
@@ -65,6 +66,16 @@ struct AttendOutput {
   double density = 0;  // pairs attended / pairs of dense attention with the same causality
 };
 
+/// Gradients of what a call read, f32.
+struct AttendGradients {
+  Tensor dq, dk, dv;   // [B, Hq, N, D], [B, Hk, M, D], [B, Hk, M, Dv]
+  NamedTensors extra;  // of the differentiable extra tensors that were given, by their names
+  AttendStats stats;   // of the backward pass
+};
+
+/// For Mechanism::plan_gradient.
+bool always(const Params& params, const Inputs& in);
+
 struct Mechanism {
   std::string name, title, paper;  // paper: "arXiv:2502.13189"
   int year = 0;
@@ -83,6 +94,11 @@ struct Mechanism {
   /// Why it cannot replace attention in a causal language model, or empty.
   std::string not_on_models;
   Plan (*plan)(const Params& params, const Inputs& in) = nullptr;
+  /// Whether, with these inputs, its gradient is that of its plan, what was selected taken as constant. Null: never.
+  bool (*plan_gradient)(const Params& params, const Inputs& in) = nullptr;
+  /// Names what else the plan's gradients hold: those of extra tensors that became sources. Null: nothing. `out` holds
+  /// dq, dk and dv of source 0 and of all sources derived from it.
+  void (*finish_gradient)(const Params& params, const Inputs& in, PlanGradients& plan, AttendGradients& out) = nullptr;
   /// What is left to do after the plan was carried out (a mean over clusters, a transposition, an
   /// extra output), or null. `out` holds o [B, Hq, R, Dv] and lse [B, Hq, R] of the plan's own problem.
   void (*finish)(const Params& params, const Inputs& in, const Plan& plan, AttendOutput& out) = nullptr;

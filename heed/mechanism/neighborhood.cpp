@@ -1,5 +1,7 @@
 #include "heed/mechanism/neighborhood.h"
 
+#include <algorithm>
+
 #include "heed/mechanism/grids.h"
 #include "heed/plan/grid_tiles.h"
 
@@ -86,6 +88,16 @@ Plan plan_neighborhood(const Params& p, const Inputs& in) {
     tiles.add(Set::range(0, rows.rows), Set::range(0, extra_keys), Mask::full(), extra);
   };
   return plan;
+}
+
+void finish_neighborhood_gradient(const Params&, const Inputs& in, PlanGradients& plan, AttendGradients& out) {
+  if (in.find("k_extra") == nullptr) return;
+  const auto give = [&](const char* name, const Tensor& x) {
+    Tensor d(DType::f32, in.find(name)->shape);
+    std::copy_n(x.as<float>(), x.size(), d.as<float>());
+    out.extra.emplace(name, std::move(d));
+  };
+  give("k_extra", plan.sources.back().dk), give("v_extra", plan.sources.back().dv);
 }
 
 }  // namespace heed::mechanism

@@ -17,4 +17,7 @@ GridWindow read_windows(const Params& p, const Inputs& in);
 
 Plan plan_neighborhood(const Params& p, const Inputs& in);
 
+/// Gradients of k_extra and v_extra, where they were given.
+void finish_neighborhood_gradient(const Params& p, const Inputs& in, PlanGradients& plan, AttendGradients& out);
+
 }  // namespace heed::mechanism

@@ -95,6 +95,8 @@ Index order_tokens(Plan& plan, const KeyValues& kv, const ParoOptions& options, 
     const bool same = tokens == as_is;
     const auto copy = same ? nullptr : permute(kv, tokens, heads);
     permuted = permuted || !same;
+    const auto members = std::make_shared<const Members>(Members{tokens, {}});
+    plan.keep.push_back(members);
     if (!same) plan.keep.push_back(copy);
     for (Index lane = 0; lane < p.B * p.Hq; ++lane) {
       if (order[lane % p.Hq] != o) continue;
@@ -103,6 +105,7 @@ Index order_tokens(Plan& plan, const KeyValues& kv, const ParoOptions& options, 
       const size_t at = static_cast<size_t>(lane);
       source.views[at] =
           same ? plan.sources[0].views[static_cast<size_t>(head)] : copy->source.views[static_cast<size_t>(view)];
+      source.views[at].members = members.get();
       plan.row_tokens[at] = tokens;
     }
   }
@@ -187,6 +190,7 @@ const Mechanism& paro() {
                   "[Hq, nb, nb], blocks to compute, in the head's order; without `order`, in that of the tokens"}},
       .not_on_models = "it is not causal, and its tokens lie on grids of images or video",
       .plan = plan_paro,
+      .plan_gradient = always,
       .calibrate = calibrate,
   };
   return m;

@@ -90,6 +90,7 @@ const Mechanism& s2() {
       .extras = {},
       .not_on_models = "",
       .plan = plan_s2,
+      .plan_gradient = always,
   };
   return m;
 }

@@ -46,12 +46,18 @@ void copy_heads(const KeyValues& kv, Index heads, Index columns, HeadOf head_of,
   out.values = Tensor(layout.dtype, {heads, layout.value_elements(columns)});
   out.source.layout = layout;
   const Index own_positions = out.position.size() > static_cast<size_t>(columns) ? columns : 0;
+  const bool own_order = own_positions > 0;
+  for (Index i = 0; i < (own_order ? heads : 1); ++i) {
+    const auto order = order_of(i);
+    out.members.push_back({{order.begin(), order.end()}, {}});
+  }
   for (Index i = 0; i < heads; ++i) {
     SourceView& view = out.source.views.emplace_back();
     view.keys = out.keys.view().at({i});
     view.values = out.values.view().at({i});
     view.columns = columns;
     view.position = out.position.data() + i * own_positions;
+    view.members = &out.members[static_cast<size_t>(own_order ? i : 0)];
   }
   const Index panels = ceil_div(columns, panel_columns);
   parallel_for(heads * panels, [&](Index unit, int) {

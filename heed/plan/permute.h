@@ -13,6 +13,7 @@ namespace heed {
 struct PermutedSource {
   Tensor keys, values;                 // [heads, packed elements]
   std::vector<std::int32_t> position;  // [columns], or [heads, columns] where every head has its own order
+  std::vector<Members> members;        // one, or one for each head
   Source source;
 };
 

@@ -64,6 +64,13 @@ struct Tile {
   bool gated = false;
 };
 
+/// What the columns of a source are made of: column c is the mean of the input's tokens[begins[c] … begins[c + 1]) or,
+/// without begins, a copy of token tokens[c] (-1: of none). Gradients of the columns go home along it, see fold().
+struct Members {
+  std::vector<std::int32_t> tokens;
+  std::vector<Index> begins;
+};
+
 /// Packed keys and values of one lane's source, with what a column stands for.
 struct SourceView {
   const void *keys = nullptr, *values = nullptr;
@@ -72,6 +79,7 @@ struct SourceView {
   const std::int32_t* position = nullptr;   // [columns], ascending, or null = its rank
   const std::uint64_t* visible = nullptr;   // one bit per column, null = all: padding
   const std::uint64_t* gates = nullptr;     // one bit per column: the landmarks, for gated tiles
+  const Members* members = nullptr;         // of derived columns, or null: they are nobody's but their own
 };
 
 /// Keys and values that tiles may name. The first source is the input itself.

@@ -10,7 +10,8 @@
 namespace heed {
 
 PooledColumns pool_groups(const KeyValues& kv, std::span<const std::int32_t> order, std::span<const Index> begins) {
-  PooledColumns pooled{.means = mean_columns(kv, order, begins), .position = {}, .log_weight = {}};
+  PooledColumns pooled{.means = mean_columns(kv, order, begins), .position = {}, .log_weight = {}, .members = {}};
+  pooled.members = {{order.begin(), order.end()}, {begins.begin(), begins.end()}};
   for (size_t g = 0; g + 1 < begins.size(); ++g) {
     pooled.position.push_back(order[static_cast<size_t>(begins[g + 1] - 1)]);
     pooled.log_weight.push_back(std::log(static_cast<float>(begins[g + 1] - begins[g])));
@@ -34,7 +35,7 @@ Index add_pooled(Plan& plan, PooledColumns columns, PooledWeight weight) {
   for (Index head = 0; head < kept->means->heads(); ++head) {
     SourceView& view = source.views.emplace_back();
     view.keys = kept->means->keys(head), view.values = kept->means->values(head);
-    view.columns = kept->columns(), view.position = kept->position.data();
+    view.columns = kept->columns(), view.position = kept->position.data(), view.members = &kept->members;
     if (weight == PooledWeight::tokens) view.log_weight = kept->log_weight.data();
   }
   plan.keep.push_back(kept);

@@ -15,6 +15,7 @@ struct PooledColumns {
   std::shared_ptr<const KeyValues> means;  // of keys and of values, f32 sums, rounded to the input's arithmetic
   std::vector<std::int32_t> position;      // of each group's last token: past it, the whole group is past
   std::vector<float> log_weight;           // ln(tokens of the group): as many copies of the mean
+  Members members;
   Index columns() const { return static_cast<Index>(position.size()); }
 };
 

@@ -163,6 +163,34 @@ inline void softmax_groups(float* s, P* p, Index from, Index to, float factor, c
 template <class T>
 inline constexpr Index strip = W == 16 || sizeof(T) == 2 ? 32 : 16;
 
+/// Columns [from, to) that some of the rows [first, first + rows) of a task see, from and to multiples of `step`; and
+/// whether any of the rows does not see them all. Strips that no row of these sees are left out at both ends; masks
+/// that hide nothing are dropped. Neither changes a bit: a hidden column has weight zero.
+struct Seen {
+  Index from, to;
+  bool tested;
+};
+inline Seen seen_strip(const PanelTask& t, Index first, Index rows, Index step) {
+  if (t.words == nullptr) return {0, t.panels * panel_columns, false};
+  std::uint64_t any[4] = {}, hidden = 0;
+  for (Index i = first; i < first + rows; ++i)
+    for (Index p = 0; p < t.panels; ++p) any[p] |= t.words[i * 4 + p];
+  Index begin = 0, end = t.panels;
+  while (begin < end && any[begin] == 0) ++begin;
+  while (end > begin && any[end - 1] == 0) --end;
+  if (begin == end) return {0, 0, false};
+  Index from = begin * panel_columns + __builtin_ctzll(any[begin]);
+  Index to = end * panel_columns - __builtin_clzll(any[end - 1]);
+  from = from / step * step, to = round_up(to, step);
+  for (Index p = begin; p < end; ++p) {
+    std::uint64_t inside = ~std::uint64_t{0};
+    if (from > p * panel_columns) inside &= inside << (from - p * panel_columns);
+    if (to < (p + 1) * panel_columns) inside &= ~std::uint64_t{0} >> ((p + 1) * panel_columns - to);
+    for (Index i = first; i < first + rows; ++i) hidden |= inside & ~t.words[i * 4 + p];
+  }
+  return {from, to, hidden != 0};
+}
+
 template <class T>
 void attend_rows(const PanelTask& t) {
   const Index dp = t.layout.dp, dvp = t.layout.dvp, panel_size = t.layout.panel_elements();
@@ -176,29 +204,8 @@ void attend_rows(const PanelTask& t) {
 
   for (Index first = 0; first < t.rows; first += group_rows<T>) {
     const Index rows = t.rows - first < group_rows<T> ? t.rows - first : group_rows<T>;
-    // Strips that no row of these sees are left out at both ends; masks that hide nothing are dropped.
-    // Neither changes a bit: a hidden column has weight zero.
-    Index from = 0, to = t.panels * panel_columns;
-    bool tested = t.words != nullptr;
-    if (tested) {
-      std::uint64_t any[4] = {}, hidden = 0;
-      for (Index i = first; i < first + rows; ++i)
-        for (Index p = 0; p < t.panels; ++p) any[p] |= t.words[i * 4 + p];
-      Index begin = 0, end = t.panels;
-      while (begin < end && any[begin] == 0) ++begin;
-      while (end > begin && any[end - 1] == 0) --end;
-      if (begin == end) continue;
-      from = begin * panel_columns + __builtin_ctzll(any[begin]);
-      to = end * panel_columns - __builtin_clzll(any[end - 1]);
-      from = from / strip<T> * strip<T>, to = round_up(to, strip<T>);
-      for (Index p = begin; p < end; ++p) {
-        std::uint64_t inside = ~std::uint64_t{0};
-        if (from > p * panel_columns) inside &= inside << (from - p * panel_columns);
-        if (to < (p + 1) * panel_columns) inside &= ~std::uint64_t{0} >> ((p + 1) * panel_columns - to);
-        for (Index i = first; i < first + rows; ++i) hidden |= inside & ~t.words[i * 4 + p];
-      }
-      tested = hidden != 0;
-    }
+    auto [from, to, tested] = seen_strip(t, first, rows, strip<T>);
+    if (from >= to) continue;
     if (t.gates != nullptr) {
       const Index begin = groups.begin / strip<T> * strip<T>, end = round_up(groups.end(), strip<T>);
       from = begin > from ? begin : from, to = end < to ? end : to;

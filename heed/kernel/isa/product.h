@@ -131,7 +131,55 @@ inline void product(Index rows, const T* const* a, const T* b, Index ldb, Index 
     case 2: return product_of<2>(a, b, ldb, k, columns, c, accumulate);
     case 3: return product_of<3>(a, b, ldb, k, columns, c, accumulate);
     case 4: return product_of<4>(a, b, ldb, k, columns, c, accumulate);
-    case 5: if constexpr (tile_rows >= 5) return product_of<5>(a, b, ldb, k, columns, c, accumulate); break;
-    case 6: if constexpr (tile_rows >= 6) return product_of<6>(a, b, ldb, k, columns, c, accumulate); break;
+    case 5:
+      if constexpr (tile_rows >= 5) return product_of<5>(a, b, ldb, k, columns, c, accumulate);
+      break;
+    case 6:
+      if constexpr (tile_rows >= 6) return product_of<6>(a, b, ldb, k, columns, c, accumulate);
+      break;
   }
+}
+
+/// A few rows of C += A^T·B: a points at the column of A that is C's first row, `lda` elements to its next element.
+template <int rows, int vectors>
+inline void tile_transposed(const float* a, Index lda, const float* b, Index ldb, Index k, float* c, Index ldc) {
+  F sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) sum[i][j] = load(c + i * ldc + j * W);
+  for (Index step = 0; step < k; ++step, a += lda, b += ldb) {
+    F bv[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) bv[j] = load(b + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const F av = set1(a[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) sum[i][j] = fma(av, bv[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) store(c + i * ldc + j * W, sum[i][j]);
+}
+
+template <int n>
+struct Vectors {};
+
+/// C[rows×columns] += A^T·B, A [k×rows] and B [k×columns] row-major, columns a multiple of W.
+inline void transposed_product(Index rows, const float* a, Index lda, const float* b, Index ldb, Index k, Index columns,
+                               float* c, Index ldc) {
+  const auto strip = [&]<int vectors>(Index column, Vectors<vectors>) {
+    Index i = 0;
+    for (; i + tile_rows <= rows; i += tile_rows)
+      tile_transposed<tile_rows, vectors>(a + i, lda, b + column, ldb, k, c + i * ldc + column, ldc);
+    for (; i + 2 <= rows; i += 2)
+      tile_transposed<2, vectors>(a + i, lda, b + column, ldb, k, c + i * ldc + column, ldc);
+    if (i < rows) tile_transposed<1, vectors>(a + i, lda, b + column, ldb, k, c + i * ldc + column, ldc);
+  };
+  Index column = 0;
+  for (; column + tile_vectors * W <= columns; column += tile_vectors * W) strip(column, Vectors<tile_vectors>{});
+  for (; column < columns; column += W) strip(column, Vectors<1>{});
 }

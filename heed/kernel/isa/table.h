@@ -19,6 +19,7 @@ namespace heed::HEED_ISA {
 #include "heed/kernel/isa/product.h"
 
 #include "heed/kernel/isa/attend.h"
+#include "heed/kernel/isa/backward.h"
 #include "heed/kernel/isa/blocks.h"
 #include "heed/kernel/isa/gemm.h"
 #include "heed/kernel/isa/row_product.h"
@@ -45,6 +46,7 @@ const Kernels table = {
     .row_step = has_bf16_product ? group_rows<bf16> : group_rows<float>,
     .attend_f32 = attend_rows<float>,
     .attend_bf16 = bf16_kernel(attend_rows<bf16>),
+    .attend_backward = attend_backward,
     .gemm_f32 = gemm<float>,
     .gemm_bf16 = bf16_kernel(gemm<bf16>),
     .pack_keys_f32 = pack_keys_f32,

@@ -1,0 +1,48 @@
+#include "heed/exec/units.h"
+
+#include <algorithm>
+
+namespace heed {
+namespace {
+
+// Calls with few rows are cut along the columns as well, so that two threads can share one decode step.
+constexpr Index few_rows = 256;
+// Query heads that share keys are stacked while all their rows fit in one sub-block.
+constexpr Index stacked_rows = 48;
+
+}  // namespace
+
+Units units_of(const Plan& plan) {
+  const Problem& p = plan.problem;
+  Units u;
+  const bool stack = plan.lanes == Lanes::per_kv_head && plan.rows_per_head() * p.group() <= stacked_rows;
+  u.heads = stack ? p.group() : 1;
+  u.lanes = p.B * p.Hq / u.heads;
+  u.blocks = std::max<Index>(0, static_cast<Index>(plan.cuts.size()) - 1);
+  if (plan.rows_per_head() <= few_rows) {
+    Index chunks = 0;
+    for (const Source& s : plan.sources) chunks += ceil_div(s.views.empty() ? 0 : s.views[0].columns, chunk_columns);
+    u.splits = std::max<Index>(1, ceil_div(chunks, Units::chunks_a_split));
+  }
+  return u;
+}
+
+RowBlock block_of(const Plan& plan, const Units& u, Index lane, Index cut) {
+  const Problem& p = plan.problem;
+  RowBlock block;
+  const Index per_batch = p.Hq / u.heads;
+  block.b = lane / per_batch;
+  block.head = lane % per_batch * u.heads;
+  block.kv_head = block.head / p.group();
+  block.first = plan.cuts[static_cast<size_t>(cut)];
+  block.rows = plan.cuts[static_cast<size_t>(cut) + 1] - block.first;
+  block.position0 = p.position(0);
+  if (!plan.row_tokens.empty())
+    block.tokens =
+        plan.row_tokens[static_cast<size_t>(plan.lanes == Lanes::per_query_head ? block.b * p.Hq + block.head
+                                                                                : block.b * p.Hk + block.kv_head)]
+            .data();
+  return block;
+}
+
+}  // namespace heed
