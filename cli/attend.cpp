@@ -46,22 +46,36 @@ Json report(const MechanismCall& call, const AttendInput& in, const AttendOutput
 }
 
 void attend_file(const Options& options) {
-  if (options.grad) fail_usage("attend: --grad: no backward pass yet, expected a call without --grad");
   const MechanismCall call = options.tensors.call();
-  const OpenedTensors opened = options.tensors.open();
-  const AttendInput& in = opened.input;
-  const AttendOutput out = heed::attend(call, in);
+  OpenedTensors opened = options.tensors.open();
+  AttendInput& in = opened.input;
+  AttendOutput out;
+  AttendGradients gradients;
+  if (options.grad) {
+    const TensorView dout = opened.file.tensor("do");
+    in.extra.erase("do");
+    gradients = heed::attend_backward(call, in, dout, &out);
+  } else {
+    out = heed::attend(call, in);
+  }
 
   std::vector<std::pair<std::string, TensorView>> tensors{{"o", out.o.view()}};
   if (out.lse.size() > 0) tensors.emplace_back("lse", out.lse.view());
   for (const auto& [name, tensor] : out.extra) tensors.emplace_back(name, tensor.view());
+  if (options.grad) {
+    tensors.emplace_back("dq", gradients.dq.view());
+    tensors.emplace_back("dk", gradients.dk.view());
+    tensors.emplace_back("dv", gradients.dv.view());
+    for (const auto& [name, tensor] : gradients.extra) tensors.emplace_back("d" + name, tensor.view());
+  }
   {
     const HoldInterrupts hold;
     model::write_safetensors(options.out, tensors);
   }
   stop_if_interrupted();
 
-  const Json json = report(call, in, out);
+  Json json = report(call, in, out);
+  if (options.grad) json["backward_s"] = gradients.stats.plan_s + gradients.stats.attend_s;
   if (options.json) {
     print(json_text(json));
     return;
@@ -74,6 +88,7 @@ void attend_file(const Options& options) {
                     count_text(s.tiles_planned), count_text(s.tiles_visited)));
   print(fmt::format("  {} to plan, {} to attend: {:.4g} Gflop, {:.4g} Gflop/s\n", seconds_text(s.plan_s),
                     seconds_text(s.attend_s), flops / 1e9, s.attend_s > 0 ? flops / s.attend_s / 1e9 : 0.0));
+  if (options.grad) print(fmt::format("  {} for the gradients\n", seconds_text(json["backward_s"].get<double>())));
 }
 
 }  // namespace
@@ -83,12 +98,13 @@ void add_attend(CLI::App& app, Job& job) {
   const auto options = std::make_shared<Options>();
   options->tensors.add(*command);
   command->add_option("OUT", options->out, "Where to write o [B,Hq,N,Dv] and lse [B,Hq,N], f32")->required();
-  command->add_flag("--grad", options->grad, "Gradients: not there yet, an error");
+  command->add_flag("--grad", options->grad, "Read do, shaped as o, and write dq, dk, dv and those of extra tensors, f32, too");
   command->add_flag("--json", options->json, "Print density, tiles, operations and seconds as one object");
   command->callback([&job, options] { job = [options] { attend_file(*options); }; });
   command->footer("Examples:\n"
                   "  heed attend in.safetensors out.safetensors --mechanism dense --causal\n"
-                  "  heed attend in.safetensors out.safetensors --mechanism moba:block=64,top_k=8 --json");
+                  "  heed attend in.safetensors out.safetensors --mechanism moba:block=64,top_k=8 --json\n"
+                  "  heed attend in.safetensors out.safetensors --mechanism dense --causal --grad");
 }
 
 }  // namespace heed::cli

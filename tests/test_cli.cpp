@@ -4,12 +4,13 @@
 #include <signal.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "heed/base/file.h"
 #include "heed/model/safetensors.h"
 #include "support/command.h"
 #include "support/folder.h"
-#include "support/naive.h"
+#include "support/gradients.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -77,8 +78,6 @@ TEST_CASE("a wrong command line is one line and exit code 2") {
                 "moba: top_k = 0, expected >= 1");
   CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "moba", "--set", "top_k"}), 2,
                 "--set: top_k, expected parameter=value");
-  CHECK_REFUSED(heed_command({"attend", "a", "b", "--mechanism", "dense", "--grad"}), 2,
-                "attend: --grad: no backward pass yet, expected a call without --grad");
   for (const std::vector<std::string>& arguments : {std::vector<std::string>{"attend"},
                                                     {"attend", "a", "b"},
                                                     {"attend", "a", "b", "--mechanism", "nothing"},
@@ -162,6 +161,39 @@ TEST_CASE("attend writes what the definition says, and counts it") {
   const Finished people = heed_command({"attend", folder / "in", folder / "out", "--mechanism", "dense"});
   CHECK(people.code == 0);
   CHECK(people.out.find("100 % of the pairs") != std::string::npos);
+}
+
+TEST_CASE("attend --grad writes gradients beside the output") {
+  const Folder folder;
+  const Case c(awkward);
+  const Sizes& s = c.size;
+  const Sample dout(DType::f32, s.B, s.Hq, s.N, s.Dv, Layout::packed, 8);
+  const Sample bias(DType::f32, 1, 1, s.N, s.M, Layout::packed, 9);
+  const std::vector<std::string> command{"attend",  folder / "in", folder / "out", "--mechanism", "dense",
+                                         "--causal", "--grad",      "--json"};
+  write_case(folder / "in", c);
+  CHECK_REFUSED(heed_command(command), 1, (folder / "in") + ": tensor do is missing");
+  model::write_safetensors(folder / "in", {{"q", c.q.view()},
+                                           {"k", c.k.view()},
+                                           {"v", c.v.view()},
+                                           {"do", dout.view()},
+                                           {"bias", bias.view()}});
+  const Finished f = heed_command(command);
+  REQUIRE_MESSAGE(f.code == 0, f.err);
+  CHECK(f.json()["backward_s"].get<double>() >= 0);
+  GradientOptions options;
+  options.bias = &bias;
+  const Gradients want = naive_gradients(c, met_keys(c, dense_sees(c, true)), dout, options);
+  const auto file = model::SafetensorsFile::open(folder / "out");
+  const auto compare = [&](const char* name, const std::vector<double>& x) {
+    const TensorView view = file.tensor(name);
+    Tensor got(DType::f32, view.shape);
+    std::memcpy(got.data(), view.data, static_cast<size_t>(got.bytes()));
+    CHECK_GRADIENT(name, got, x, 1e-4);
+  };
+  compare("o", want.o), compare("dq", want.dq), compare("dk", want.dk), compare("dv", want.dv);
+  compare("dbias", want.dbias);
+  CHECK(file.tensor("dk").shape == c.k.view().shape);
 }
 
 TEST_CASE("plan draws a PNG and counts pairs") {
