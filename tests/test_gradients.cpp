@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <string>
+#include <vector>
 
 #include "heed/kernel/kernels.h"
 #include "support/gradients.h"
@@ -133,6 +135,83 @@ TEST_CASE("keys beside the input's have gradients of their own") {
   }
 }
 
+namespace {
+
+// Landmark attention, block + 1 positions a block, from the grouped softmax: within an earlier block tokens share
+// what its landmark wins.
+Gradients naive_landmark(const Case& c, Index block, const Sample& dout) {
+  const auto& s = c.size;
+  const double scale = 1 / std::sqrt(static_cast<double>(s.D));
+  const auto zeros = [](Index n) { return std::vector<double>(static_cast<size_t>(n), 0.0); };
+  Gradients g;
+  g.dq = zeros(s.B * s.Hq * s.N * s.D), g.dk = zeros(s.B * s.Hk * s.M * s.D), g.dv = zeros(s.B * s.Hk * s.M * s.Dv);
+  for (Index b = 0; b < s.B; ++b)
+    for (Index h = 0; h < s.Hq; ++h)
+      for (Index t = 0; t < s.N; ++t) {
+        const Index kv = c.kv_head(h), p = position(c, t), own = p / (block + 1) * (block + 1);
+        const auto count = static_cast<size_t>(p + 1);
+        std::vector<double> e(count), dp(count), weight(count), ds(count);
+        for (Index j = 0; j <= p; ++j) {
+          double x = 0;
+          for (Index d = 0; d < s.D; ++d) x += c.q_at(b, h, t, d) * c.k_at(b, kv, j, d);
+          e[static_cast<size_t>(j)] = std::exp(x * scale);
+          for (Index i = 0; i < s.Dv; ++i) dp[static_cast<size_t>(j)] += dout.get(b, h, t, i) * c.v_at(b, kv, j, i);
+        }
+        const auto landmark = [&](Index j) { return j % (block + 1) == block; };
+        double sum = 0, delta = 0;
+        for (Index j = 0; j <= p; ++j)
+          if (j >= own ? !landmark(j) : landmark(j)) sum += e[static_cast<size_t>(j)];
+        // Of each earlier block: the sum of its tokens, and the mean of dp over them.
+        std::vector<double> tokens(count), mean(count);
+        for (Index j = 0; j < own; ++j)
+          if (!landmark(j)) {
+            const auto group = static_cast<size_t>(j / (block + 1));
+            tokens[group] += e[static_cast<size_t>(j)];
+            mean[group] += e[static_cast<size_t>(j)] * dp[static_cast<size_t>(j)];
+          }
+        const auto gate = [&](Index j) { return static_cast<size_t>(j / (block + 1) * (block + 1) + block); };
+        for (Index j = 0; j <= p; ++j) {
+          const auto i = static_cast<size_t>(j), group = static_cast<size_t>(j / (block + 1));
+          if (landmark(j)) continue;
+          weight[i] = j >= own ? e[i] / sum : e[i] / tokens[group] * e[gate(j)] / sum;
+          delta += weight[i] * dp[i];
+        }
+        for (Index j = 0; j <= p; ++j) {
+          const auto i = static_cast<size_t>(j), group = static_cast<size_t>(j / (block + 1));
+          if (j >= own) ds[i] = weight[i] * (dp[i] - delta);
+          else if (landmark(j)) ds[i] = e[i] / sum * (mean[group] / tokens[group] - delta);
+          else ds[i] = weight[i] * (dp[i] - mean[group] / tokens[group]);
+          for (Index d = 0; d < s.D; ++d) {
+            g.dq[static_cast<size_t>(((b * s.Hq + h) * s.N + t) * s.D + d)] += scale * ds[i] * c.k_at(b, kv, j, d);
+            g.dk[static_cast<size_t>(((b * s.Hk + kv) * s.M + j) * s.D + d)] += scale * ds[i] * c.q_at(b, h, t, d);
+          }
+          for (Index v = 0; v < s.Dv; ++v)
+            g.dv[static_cast<size_t>(((b * s.Hk + kv) * s.M + j) * s.Dv + v)] += weight[i] * dout.get(b, h, t, v);
+        }
+      }
+  return g;
+}
+
+}  // namespace
+
+TEST_CASE("landmark's gradients go through both levels of its softmax") {
+  for (const std::string& isa : available_isas()) {
+    const UseIsa use(isa);
+    for (const DType arithmetic : {DType::f32, DType::bf16})
+      for (const Sizes& s :
+           {Sizes{2, 4, 2, 190, 251, 24, 16}, Sizes{1, 2, 1, 130, 130, 16, 40}, Sizes{1, 1, 1, 1, 9, 16, 16}})
+        for (const Index block : {3, 16, 50, 127}) {
+          const Case c(s, DType::f32, arithmetic);
+          const Sample dout = random_dout(s);
+          CAPTURE(block);
+          const std::string all = "landmark:block=" + std::to_string(block);
+          check_gradients(c, gradients(all, c.input(true), dout), naive_landmark(c, block, dout));
+          // More blocks than there are: retrieved one by one, the same result.
+          check_gradients(c, gradients(all + ",top_k=99", c.input(true), dout), naive_landmark(c, block, dout));
+        }
+  }
+}
+
 TEST_CASE("the same bits for any number of threads") {
   for (const std::string& isa : available_isas()) {
     const UseIsa use(isa);
@@ -165,8 +244,11 @@ TEST_CASE("what cannot be done is refused in one line") {
   Sample broken = dout;
   broken.set(0, 1, 3, 2, NAN);
   CHECK_FAILS(gradients("dense", c.input(), broken), Error, "do: holds nan, expected finite values");
-  CHECK_FAILS(gradients("landmark:block=4", c.input(true), dout), Error,
-              "landmark:block=4: no backward pass yet, expected a mechanism whose gradient is that of its plan");
+  AttendInput gated = c.input(true);
+  const Sample w(DType::f32, 1, 1, 1, 8, Layout::packed, 1);
+  gated.extra["w_dt"] = {w.view().data, DType::f32, {1, 8}}, gated.extra["a"] = {w.view().data, DType::f32, {1}};
+  CHECK_FAILS(gradients("dma:budget=4", gated, dout), Error,
+              "dma:budget=4: no backward pass yet, expected a mechanism whose gradient is that of its plan");
   const Plan plan = plan_of(MechanismCall::parse("dense"), c.input());
   const Tensor o(DType::f32, {1, 2, 20, 8}), lse(DType::f32, {1, 2, 19});
   CHECK_FAILS(attend_backward(plan, o.view(), lse.view(), dout.view()), Error,

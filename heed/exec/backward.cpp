@@ -247,9 +247,6 @@ class Backward {
         plan_.emit(rows.block, tiles);
         emit_s += now() - emit_start;
         counted.tiles_planned += static_cast<Index>(tiles.list().size());
-        for (const Tile& tile : tiles.list())
-          if (tile.gated) fail("backward: a gated tile, expected a plan without: no backward pass for gated tiles yet");
-
         const BlockRows data = load(rows, chain.dsinks.data() + head, scratch);
         work.start(data);
         Traversal(plan_, scratch, &work).run(rows, tiles.list(), 0, std::numeric_limits<Index>::max(), counted);

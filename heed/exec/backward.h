@@ -25,7 +25,7 @@ struct PlanGradients {
 /// plan.rows_per_head(), and dout is shaped as o; any strides. What emit chose is taken as constant. With bf16
 /// arithmetic queries, keys and values are as rounded and everything else is f32. Rows without keys give nothing.
 /// Memory: O(N·D), 1 … 4 times the sources' gradients among it. The same bits for any number of threads.
-/// Throws Error for gated tiles and for shapes that do not fit.
+/// Throws Error for shapes that do not fit.
 PlanGradients attend_backward(const Plan& plan, const TensorView& o, const TensorView& lse, const TensorView& dout);
 
 /// Adds the gradients of derived sources to those of the tokens that their columns are made of (Members) in source 0,

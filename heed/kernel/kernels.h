@@ -43,7 +43,7 @@ struct PanelTask {
 /// log-sum-exp; then ds = p∘(do·v^T - delta), dv += p^T·do, dq += ds·k and dk += ds^T·q, where ds has the soft-cap's
 /// derivative but not the scale, which is left to whoever reads dq and dk.
 struct BackwardTask {
-  // Rows, k, words and the rule, as forward; not q, v, m, l and acc. layout: f32.
+  // Rows, k, words, gates and the rule, as forward; not q, v, m, l and acc. layout: f32.
   PanelTask scores;
   Index qp = 0, dvp = 0;  // widths of padded rows of D and of Dv numbers, multiples of 16
   // Of the task's rows, one after the other: q [rows, qp], dout [rows, dvp], natural lse (finite) and delta = Σ do·o.

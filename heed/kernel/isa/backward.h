@@ -28,6 +28,50 @@ inline void weights_and_gradients(float* s, float* dp, Index from, Index to, flo
   }
 }
 
+/// As weights_and_gradients, for columns in groups. A token's weight is w = (its share a of its group)·(its landmark's
+/// weight); with r = Σ a·dp over the group, its score has the gradient w·(dp - r) and the landmark's (Σ w)·(r - delta).
+inline void grouped_weights_and_gradients(float* s, float* dp, Index from, Index to, float factor,
+                                          const std::uint64_t* words, const Groups& groups, float lse, float delta) {
+  if (words != nullptr)
+    for (Index j = from; j < to; j += W) store(s + j, visible_score(s, j, words));
+  alignas(64) float x[chunk_columns + W], y[chunk_columns + W];  // a group's scores and dp, whole vectors
+  Index done = from;
+  const auto zeros_up_to = [&](Index end) {
+    for (; done < end; ++done) s[done] = dp[done] = 0;
+  };
+  for (Index g = 0; g < groups.count; ++g) {
+    const Index gate = groups.gate[g], start = g == 0 ? groups.begin : groups.gate[g - 1] + 1;
+    const Index begin = start > from ? start : from, n = gate - begin;
+    if (gate < from || gate >= to || s[gate] == minus_infinity) continue;
+    F top = set1(minus_infinity);
+    for (Index j = 0; j < n; ++j) x[j] = s[begin + j], y[j] = dp[begin + j];
+    for (Index j = n; j < round_up(n, Index{W}); ++j) x[j] = minus_infinity, y[j] = 0;
+    for (Index j = 0; j < n; j += W) top = max(top, load(x + j));
+    const float highest = max_lane(top) * factor;
+    if (highest == minus_infinity) continue;  // no token is seen
+    const F f = set1(factor), reference = set1(-highest);
+    F sum = zero(), weighted = zero();
+    for (Index j = 0; j < n; j += W) {
+      const F e = exp2<true>(fma(load(x + j), f, reference));
+      sum = sum + e, weighted = fma(e, load(y + j), weighted);
+      store(x + j, e);
+    }
+    const float total = sum_lanes(sum), weight = __builtin_exp2f(s[gate] * factor - lse),
+                r = sum_lanes(weighted) / total;
+    const F share = set1(weight / total), mean = set1(r);
+    for (Index j = 0; j < n; j += W) {
+      const F p = load(x + j) * share;
+      store(x + j, p);
+      store(y + j, p * (load(y + j) - mean));
+    }
+    zeros_up_to(begin);
+    for (Index j = 0; j < n; ++j) s[begin + j] = x[j], dp[begin + j] = y[j];
+    s[gate] = 0, dp[gate] = weight * (r - delta);
+    done = gate + 1;
+  }
+  zeros_up_to(to);
+}
+
 inline void attend_backward(const BackwardTask& b) {
   const PanelTask& t = b.scores;
   const Index d = t.layout.d, dv = t.layout.dv, qp = b.qp, dvp = b.dvp, columns = t.panels * panel_columns;
@@ -35,6 +79,8 @@ inline void attend_backward(const BackwardTask& b) {
   constexpr Index group = group_rows<float>, stride = BackwardTask::stride;
   begin_products();
   alignas(64) float slope[chunk_columns];
+  Groups groups;
+  if (t.gates != nullptr) list_groups(t, groups);
   const auto clear = [](float* x, Index from, Index to) {
     for (Index j = from; j < to; ++j) x[j] = 0;
   };
@@ -44,6 +90,11 @@ inline void attend_backward(const BackwardTask& b) {
   for (Index first = 0; first < t.rows; first += group) {
     const Index rows = t.rows - first < group ? t.rows - first : group;
     auto [from, to, tested] = seen_strip(t, first, rows, strip<float>);
+    if (t.gates != nullptr) {
+      const Index groups_begin = groups.begin / strip<float> * strip<float>;
+      const Index groups_end = round_up(groups.end(), strip<float>);
+      from = groups_begin > from ? groups_begin : from, to = groups_end < to ? groups_end : to;
+    }
     if (from >= to) from = to = 0;
     begin = from < to && from < begin ? from : begin;
     end = to > end ? to : end;
@@ -75,7 +126,9 @@ inline void attend_backward(const BackwardTask& b) {
         apply_rule_and_slope(t, add, p[i], slope, from, to);
         factor = log2_e;
       }
-      weights_and_gradients(p[i], ds[i], from, to, factor, words, b.lse[first + i] * log2_e, b.delta[first + i]);
+      const float lse = b.lse[first + i] * log2_e, delta = b.delta[first + i];
+      if (t.gates == nullptr) weights_and_gradients(p[i], ds[i], from, to, factor, words, lse, delta);
+      else grouped_weights_and_gradients(p[i], ds[i], from, to, factor, words, groups, lse, delta);
       if (b.dcolumn != nullptr)
         for (Index j = from; j < to; j += W) store(b.dcolumn + j, load(b.dcolumn + j) + load(ds[i] + j));
       if (b.dscore != nullptr)
