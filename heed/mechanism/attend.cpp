@@ -223,6 +223,10 @@ AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in
 
   const Plan plan = checked.plan();
   const double planned = now() - start;
+  // Whose gradient nobody would take.
+  for (size_t i = 1; i < plan.sources.size() && m.finish_gradient == nullptr; ++i)
+    for (const SourceView& view : plan.sources[i].views)
+      if (view.members == nullptr) fail("{}: no backward pass yet through keys that it makes of others", call.text());
   AttendOutput out = attend(checked, plan);
   out.stats.plan_s += planned;
   PlanGradients gradients = heed::attend_backward(plan, out.o.view(), out.lse.view(), dout);
