@@ -98,7 +98,8 @@ void add_attend(CLI::App& app, Job& job) {
   const auto options = std::make_shared<Options>();
   options->tensors.add(*command);
   command->add_option("OUT", options->out, "Where to write o [B,Hq,N,Dv] and lse [B,Hq,N], f32")->required();
-  command->add_flag("--grad", options->grad, "Read do, shaped as o, and write dq, dk, dv and those of extra tensors, f32, too");
+  command->add_flag("--grad", options->grad,
+                    "Read do, shaped as o, and write dq, dk, dv and those of extra tensors, f32, too");
   command->add_flag("--json", options->json, "Print density, tiles, operations and seconds as one object");
   command->callback([&job, options] { job = [options] { attend_file(*options); }; });
   command->footer("Examples:\n"

@@ -169,15 +169,13 @@ TEST_CASE("attend --grad writes gradients beside the output") {
   const Sizes& s = c.size;
   const Sample dout(DType::f32, s.B, s.Hq, s.N, s.Dv, Layout::packed, 8);
   const Sample bias(DType::f32, 1, 1, s.N, s.M, Layout::packed, 9);
-  const std::vector<std::string> command{"attend",  folder / "in", folder / "out", "--mechanism", "dense",
-                                         "--causal", "--grad",      "--json"};
+  const std::vector<std::string> command{"attend", folder / "in", folder / "out", "--mechanism",
+                                         "dense",  "--causal",    "--grad",       "--json"};
   write_case(folder / "in", c);
   CHECK_REFUSED(heed_command(command), 1, (folder / "in") + ": tensor do is missing");
-  model::write_safetensors(folder / "in", {{"q", c.q.view()},
-                                           {"k", c.k.view()},
-                                           {"v", c.v.view()},
-                                           {"do", dout.view()},
-                                           {"bias", bias.view()}});
+  model::write_safetensors(
+      folder / "in",
+      {{"q", c.q.view()}, {"k", c.k.view()}, {"v", c.v.view()}, {"do", dout.view()}, {"bias", bias.view()}});
   const Finished f = heed_command(command);
   REQUIRE_MESSAGE(f.code == 0, f.err);
   CHECK(f.json()["backward_s"].get<double>() >= 0);

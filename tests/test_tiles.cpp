@@ -34,7 +34,8 @@ std::vector<bf16> padded_rows(const std::vector<float>& x, Index rows, Index d, 
 std::vector<bf16> packed_keys(const std::vector<float>& x, Index rows, Index d, Index dp) {
   std::vector<bf16> out(static_cast<size_t>(round_up(rows, panel_columns) * dp));
   for (Index first = 0; first < rows; first += panel_columns)
-    table.pack_keys_bf16(x.data() + first * d, d, std::min(panel_columns, rows - first), d, dp, out.data() + first * dp);
+    table.pack_keys_bf16(x.data() + first * d, d, std::min(panel_columns, rows - first), d, dp,
+                         out.data() + first * dp);
   return out;
 }
 
@@ -68,7 +69,8 @@ TEST_CASE("tiled attention equals softmax, rows in order or listed") {
       const Index d = 40, dv = 24, columns = 200, total = 64;
       PanelTask t;
       t.layout = {DType::bf16, d, dv, round_up(d, table.key_step), round_up(dv, Index{16})};
-      const auto q = random_rounded(total * d, 3), k = random_rounded(columns * d, 4), v = random_rounded(columns * dv, 5);
+      const auto q = random_rounded(total * d, 3), k = random_rounded(columns * d, 4),
+                 v = random_rounded(columns * dv, 5);
       const auto qp = padded_rows(q, total, d, t.layout.dp), kp = packed_keys(k, columns, d, t.layout.dp);
       std::vector<bf16> vp(size_t(t.layout.value_elements(columns)));
       for (Index j = 0; j < columns; ++j)
@@ -98,7 +100,8 @@ TEST_CASE("tiled attention equals softmax, rows in order or listed") {
           for (Index e = 0; e < dv; ++e) o[size_t(e)] += w * double(v[size_t(j * dv + e)]);
         }
         for (Index e = 0; e < dv; ++e)
-          worst = std::max(worst, std::abs(o[size_t(e)] / sum - double(acc[size_t(row * t.layout.dvp + e)] / l[size_t(row)])));
+          worst = std::max(worst,
+                           std::abs(o[size_t(e)] / sum - double(acc[size_t(row * t.layout.dvp + e)] / l[size_t(row)])));
       }
       CHECK(worst < 1e-2);
     }

@@ -51,9 +51,7 @@ constexpr bf16 to_bf16(float x) {
   return {static_cast<std::uint16_t>(u >> 16)};
 }
 
-constexpr float to_f32(bf16 x) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
-}
+constexpr float to_f32(bf16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 
 /// x rounded to bf16 and widened again: what bf16 arithmetic sees of an f32 input.
 constexpr float round_to_bf16(float x) { return to_f32(to_bf16(x)); }

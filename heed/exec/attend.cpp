@@ -14,16 +14,15 @@
 namespace heed {
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // o = acc / l and lse = m + ln l, with the head's sink in the denominator.
 void finish(const Plan& plan, const Rows& rows, const PanelLayout& layout, const AttendTarget& target) {
   constexpr double ln2 = 0.6931471805599453;
   const RowBlock& block = rows.block;
   for (Index i = 0; i < rows.count(); ++i) {
-    const Index head = rows.head_of(i), row = plan.output_by_token ? block.token(rows.row_of(i)) : block.first + rows.row_of(i);
+    const Index head = rows.head_of(i),
+                row = plan.output_by_token ? block.token(rows.row_of(i)) : block.first + rows.row_of(i);
     double m = static_cast<double>(rows.m[i]) * ln2, l = static_cast<double>(rows.l[i]);
     float* o = target.o + block.b * target.stride_b + head * target.stride_h + row * target.stride_row;
     double weight = l > 0 ? 1 / l : 0;
@@ -67,8 +66,8 @@ struct alignas(128) Tally {
   double emit_s = 0;
 };
 
-// Emits the tiles of every unit, calls carry_out(unit, split, block, tiles, stats, scratch) with them, and sums what that
-// counted.
+// Emits the tiles of every unit, calls carry_out(unit, split, block, tiles, stats, scratch) with them, and sums what
+// that counted.
 template <class CarryOut>
 AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
   const double start = now();
@@ -94,7 +93,8 @@ AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
   double emit_s = 0;
   for (const Tally& t : tallies) stats += t.stats, emit_s += t.emit_s;
   const double wall = now() - start;
-  stats.plan_s = std::min(wall, emit_s / static_cast<double>(std::max<Index>(1, std::min<Index>(threads(), u.count()))));
+  stats.plan_s =
+      std::min(wall, emit_s / static_cast<double>(std::max<Index>(1, std::min<Index>(threads(), u.count()))));
   stats.attend_s = wall - stats.plan_s;
   return stats;
 }
@@ -136,7 +136,8 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
       for (Index split = 0; split < u.splits; ++split)
         for (Index cut = 0; cut < u.blocks; ++cut) {
           const Index rows = (plan.cuts[static_cast<size_t>(cut) + 1] - plan.cuts[static_cast<size_t>(cut)]) * u.heads;
-          parts[static_cast<size_t>((lane * u.blocks + cut) * u.splits + split)] = {memory, memory + rows, memory + 2 * rows};
+          parts[static_cast<size_t>((lane * u.blocks + cut) * u.splits + split)] = {memory, memory + rows,
+                                                                                    memory + 2 * rows};
           memory += rows * (layout.dvp + 2);
         }
   }
@@ -162,7 +163,8 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
       const Part* part = &parts[static_cast<size_t>(unit * u.splits)];
       Rows rows{.block = block_of(plan, u, unit / u.blocks, unit % u.blocks), .heads = u.heads};
       rows.m = part->m, rows.l = part->l, rows.acc = part->acc;
-      for (Index split = 1; split < u.splits; ++split) merge_state(rows, part[split].m, part[split].l, part[split].acc, layout.dvp);
+      for (Index split = 1; split < u.splits; ++split)
+        merge_state(rows, part[split].m, part[split].l, part[split].acc, layout.dvp);
       finish(plan, rows, layout, target);
     }
 
@@ -173,8 +175,8 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
 
 AttendStats rehearse(const Plan& plan) {
   const Units u = units_of(plan);
-  const auto count = [&](Index, Index split, const RowBlock& block, const std::vector<Tile>& tiles, AttendStats& counted,
-                         Scratch& scratch) {
+  const auto count = [&](Index, Index split, const RowBlock& block, const std::vector<Tile>& tiles,
+                         AttendStats& counted, Scratch& scratch) {
     Rows rows;
     rows.block = block, rows.heads = u.heads;
     Traversal(plan, scratch, nullptr).run(rows, tiles, split, u.split_chunks(), counted);

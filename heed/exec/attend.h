@@ -25,13 +25,13 @@ struct AttendStats {
 Index dense_pairs(const Problem& problem);
 
 /// o [B, Hq, R, Dv] and lse [B, Hq, R], where R = plan.rows_per_head(); rows in the order of tokens, or
-/// of the plan's rows when it says so. lse is the natural log of the sum of exp(score), log-weights and sinks included; a row without keys
-/// gives zeros and -inf. o may have any strides with unit last stride; lse may be null.
-/// The same bits for any number of threads. Does not allocate inside the loop.
+/// of the plan's rows when it says so. lse is the natural log of the sum of exp(score), log-weights and sinks included;
+/// a row without keys gives zeros and -inf. o may have any strides with unit last stride; lse may be null. The same
+/// bits for any number of threads. Does not allocate inside the loop.
 struct AttendTarget {
   float* o = nullptr;
   Index stride_b = 0, stride_h = 0, stride_row = 0;  // elements
-  float* lse = nullptr;                              // [B, Hq, R] contiguous
+  float* lse = nullptr;  // [B, Hq, R] contiguous
 };
 AttendStats attend(const Plan& plan, const AttendTarget& target);
 

@@ -17,7 +17,8 @@ void copy_run(const T* from, T* to, Index steps, Index run) {
 
 // Columns [column, column + run) of a packed source, all in one panel, to column `to` on of another.
 template <class T>
-void copy_columns(const PanelLayout& layout, const SourceView& view, Index column, Index run, T* keys, T* values, Index to) {
+void copy_columns(const PanelLayout& layout, const SourceView& view, Index column, Index run, T* keys, T* values,
+                  Index to) {
   constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
   const T* k = static_cast<const T*>(view.keys) + layout.key_offset(column, 0);
   T* k_out = keys + layout.key_offset(to, 0);
@@ -29,7 +30,7 @@ void copy_columns(const PanelLayout& layout, const SourceView& view, Index colum
     case 8: copy_run<8>(k, k_out, steps, 8); break;
     case 16: copy_run<16>(k, k_out, steps, 16); break;
     case 32: copy_run<32>(k, k_out, steps, 32); break;
-    case panel_columns * pair: std::copy_n(k, layout.panel_elements(), k_out); break;  // a whole panel
+    case panel_columns* pair: std::copy_n(k, layout.panel_elements(), k_out); break;  // a whole panel
     default: copy_run<0>(k, k_out, steps, run * pair);
   }
   const T* v = static_cast<const T*>(view.values);
@@ -66,13 +67,11 @@ void gather(const PanelLayout& layout, const SourceView& view, const Set& column
 
 }  // namespace
 
-SourceView gather_columns(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from, Index count,
-                          Scratch& scratch) {
+SourceView gather_columns(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from,
+                          Index count, Scratch& scratch) {
   SourceView piece = describe_columns(view, columns, from, count, scratch);
-  if (layout.dtype == DType::bf16)
-    gather<bf16>(layout, view, columns, from, count, scratch, piece);
-  else
-    gather<float>(layout, view, columns, from, count, scratch, piece);
+  if (layout.dtype == DType::bf16) gather<bf16>(layout, view, columns, from, count, scratch, piece);
+  else gather<float>(layout, view, columns, from, count, scratch, piece);
   return piece;
 }
 
@@ -102,8 +101,8 @@ SourceView describe_columns(const SourceView& view, const Set& columns, Index fr
   return piece;
 }
 
-void fill_addend(const Plan& plan, const Rows& rows, Index row_rank, const Tile& tile, const SourceView& view, Index first,
-                 Index origin, Index count, float* out) {
+void fill_addend(const Plan& plan, const Rows& rows, Index row_rank, const Tile& tile, const SourceView& view,
+                 Index first, Index origin, Index count, float* out) {
   const Rule& rule = plan.rule;
   const Index begin = std::max<Index>(first, origin), end = std::min(first + count, origin + view.columns);
   std::fill_n(out, count, 0.0f);

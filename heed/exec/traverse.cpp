@@ -49,7 +49,8 @@ void Traversal::run(const Rows& rows, const std::vector<Tile>& tiles, Index spli
   for (const Tile& tile : tiles) {
     const Scratch::Mark mark(scratch_);
     const Index before = stats.panels_visited;
-    const bool owner = mine(tile.columns.contiguous() ? tile.columns.first : 0);  // a tile that splits share counts once
+    const bool owner =
+        mine(tile.columns.contiguous() ? tile.columns.first : 0);  // a tile that splits share counts once
     run_tile(rows, tile, stats);
     stats.tiles_visited += owner && stats.panels_visited > before ? 1 : 0;
   }
@@ -72,7 +73,8 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
     const auto ranks = scratch_.take<std::int32_t>(extent.rows);
     for (Index h = 0; h < rows.heads; ++h)
       for (Index i = 0; i < tile.rows.count; ++i)
-        ranks[static_cast<size_t>(h * tile.rows.count + i)] = static_cast<std::int32_t>(h * rows.block.rows + tile.rows[i]);
+        ranks[static_cast<size_t>(h * tile.rows.count + i)] =
+            static_cast<std::int32_t>(h * rows.block.rows + tile.rows[i]);
     extent.ranks = ranks.data();
   }
 
@@ -93,10 +95,8 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
       Index low = 0, high = tile.columns.count;
       while (low < high) {
         const Index middle = (low + high) / 2;
-        if (position_of(middle) < p)
-          low = middle + 1;
-        else
-          high = middle;
+        if (position_of(middle) < p) low = middle + 1;
+        else high = middle;
       }
       return low;
     };
@@ -183,10 +183,8 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     task.layout = layout;
     task.panels = panel1 - panel0;
     task.rows = count;
-    if (extent.ranks == nullptr)
-      task.first_row = extent.rank0 + r0;
-    else
-      task.row_list = extent.ranks + r0;
+    if (extent.ranks == nullptr) task.first_row = extent.rank0 + r0;
+    else task.row_list = extent.ranks + r0;
     task.q = rows.q, task.m = rows.m, task.l = rows.l, task.acc = rows.acc;
     task.scale = rule.scale, task.softcap = rule.softcap;
     Index closing = 0;  // gates, which are not attended

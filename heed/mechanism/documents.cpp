@@ -14,7 +14,11 @@ std::span<const Document> Documents::meeting(Index b, Index begin, Index end) co
 }
 
 ExtraSpec document_spec() {
-  return {"doc", {DType::i32}, {"B", "M"}, false, "document number of every token; tokens of different documents never meet"};
+  return {"doc",
+          {DType::i32},
+          {"B", "M"},
+          false,
+          "document number of every token; tokens of different documents never meet"};
 }
 
 ExtraSpec key_mask_spec() { return {"key_mask", {DType::u8}, {"B", "M"}, false, "0 hides a key (padding)"}; }

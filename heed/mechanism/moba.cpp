@@ -30,8 +30,9 @@ const Mechanism& moba() {
       .year = 2025,
       .stage = "summarize, select, attend",
       .training = Training::continued,
-      .idea = "Keys are cut into blocks. Each query, in each head, picks the past blocks whose mean key it likes best and\n"
-              "attends to them and to its own block: a router without parameters.",
+      .idea =
+          "Keys are cut into blocks. Each query, in each head, picks the past blocks whose mean key it likes best and\n"
+          "attends to them and to its own block: a router without parameters.",
       .equations = "kbar_b = mean of k over block b;  s_tb = <q_t, kbar_b>\n"
                    "S(t) = own block of t and the top_k - 1 past blocks of largest s_tb\n"
                    "o_t = softmax over j in S(t), j <= t of scale·<q_t, k_j>, times v_j",
@@ -41,7 +42,8 @@ const Mechanism& moba() {
       .params = {integer("block", 512, 1, "tokens per block"),
                  integer("top_k", 3, 1, "blocks per query, its own included"),
                  choice("tie", "lower", {"lower", "higher"}, "which of equally scored blocks wins"),
-                 integer("sink", 0, 0, "first tokens that every query sees: an addition for models not trained with it")},
+                 integer("sink", 0, 0,
+                         "first tokens that every query sees: an addition for models not trained with it")},
       .extras = {document_spec()},
       .not_on_models = "",
       .plan = plan_moba,

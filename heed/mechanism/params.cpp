@@ -90,8 +90,7 @@ void check(const std::string& owner, const ParamSpec& s, const std::string& text
         if (!in_range(static_cast<double>(x))) refuse(fmt::format("values {}", expected_range("")));
       return;
     }
-    case ParamKind::levels:
-      return;  // the mechanism reads and checks it
+    case ParamKind::levels: return;  // the mechanism reads and checks it
   }
 }
 
@@ -154,10 +153,12 @@ Params::Params(std::string owner, const std::vector<ParamSpec>& specs,
       std::vector<std::string> known;
       for (const ParamSpec& s : specs) known.push_back(s.name);
       if (known.empty()) fail_usage("{}: {} = {}, expected no parameters", owner_, name, given[i].second);
-      fail_usage("{}: {} = {}, expected one of the parameters {}", owner_, name, given[i].second, fmt::join(known, ", "));
+      fail_usage("{}: {} = {}, expected one of the parameters {}", owner_, name, given[i].second,
+                 fmt::join(known, ", "));
     }
     for (size_t j = 0; j < i; ++j)
-      if (given[j].first == name) fail_usage("{}: {} = {}, expected once, was also {}", owner_, name, given[i].second, given[j].second);
+      if (given[j].first == name)
+        fail_usage("{}: {} = {}, expected once, was also {}", owner_, name, given[i].second, given[j].second);
     given_.push_back(name);
   }
   for (const ParamSpec& s : specs) {
@@ -201,7 +202,9 @@ std::vector<Index> Params::list(std::string_view name) const {
   return x;
 }
 
-bool Params::given(std::string_view name) const { return std::find(given_.begin(), given_.end(), name) != given_.end(); }
+bool Params::given(std::string_view name) const {
+  return std::find(given_.begin(), given_.end(), name) != given_.end();
+}
 
 MechanismCall MechanismCall::parse(std::string_view text) {
   MechanismCall call;
@@ -218,7 +221,8 @@ MechanismCall MechanismCall::parse(std::string_view text) {
   };
   size_t at = colon + 1;
   while (at < text.size()) {
-    if (!starts_parameter(at)) fail_usage("mechanism = {}, expected parameter=value after {}", text, text.substr(0, at));
+    if (!starts_parameter(at))
+      fail_usage("mechanism = {}, expected parameter=value after {}", text, text.substr(0, at));
     const size_t equals = text.find('=', at);
     size_t end = equals + 1;
     while (end < text.size() && !(text[end] == ',' && starts_parameter(end + 1))) ++end;

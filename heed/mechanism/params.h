@@ -41,7 +41,8 @@ class Params {
  public:
   /// Checks every given value against its spec and fills in defaults. Throws UsageError naming an
   /// unknown parameter (listing the known), a malformed or out-of-range value, a missing required one.
-  Params(std::string owner, const std::vector<ParamSpec>& specs, const std::vector<std::pair<std::string, std::string>>& given);
+  Params(std::string owner, const std::vector<ParamSpec>& specs,
+         const std::vector<std::pair<std::string, std::string>>& given);
 
   Index integer(std::string_view name) const;
   double number(std::string_view name) const;

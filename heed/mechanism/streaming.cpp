@@ -37,8 +37,9 @@ const Mechanism& streaming() {
       .year = 2023,
       .stage = "attend",
       .training = Training::none,
-      .idea = "A query attends to the first `sink` tokens and to the last `window` ones, its own included. Trained models\n"
-              "put much weight on their first tokens whatever they say; keeping them keeps the softmax in balance.",
+      .idea =
+          "A query attends to the first `sink` tokens and to the last `window` ones, its own included. Trained models\n"
+          "put much weight on their first tokens whatever they say; keeping them keeps the softmax in balance.",
       .equations = "visible(i) = { j <= i : j < sink or j > i - window }",
       .cost = "N·(sink + window)·(D + Dv) multiply-adds",
       .causality = Causality::implied,

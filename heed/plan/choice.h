@@ -45,7 +45,8 @@ class Choice {
 
   /// The block that holds a position.
   Index block_at(Index position) const {
-    return std::partition_point(blocks_.begin(), blocks_.end(), [&](const BlockRange& r) { return r.end <= position; }) -
+    return std::partition_point(blocks_.begin(), blocks_.end(),
+                                [&](const BlockRange& r) { return r.end <= position; }) -
            blocks_.begin();
   }
   std::span<const OwnRows> own_blocks() const { return own_; }
@@ -119,7 +120,8 @@ class Choice {
   template <class Visit>
   void each(Visit visit) const {
     for (Index row = 0; row < rows_.rows; ++row)
-      for (Index j = 0; j < counts_[static_cast<size_t>(row)]; ++j) visit(row, chosen_[static_cast<size_t>(row * k_ + j)]);
+      for (Index j = 0; j < counts_[static_cast<size_t>(row)]; ++j)
+        visit(row, chosen_[static_cast<size_t>(row * k_ + j)]);
   }
 
   RowBlock rows_;

@@ -16,7 +16,8 @@ namespace {
 
 // Anonymous pages: zero, and costing nothing until a token is written there.
 std::byte* reserve(Index bytes) {
-  void* p = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   return static_cast<std::byte*>(p);
 }
@@ -66,7 +67,8 @@ void KeyValues::append(const TensorView& k, const TensorView& v) {
     const auto fetch = [&](const TensorView& x, Index width) {
       for (Index t = from; t < to; ++t) {
         float* row = rows + (t - from) * width;
-        const void* from_row = axis == 1 ? x.at({head, t - begin}) : x.at({head / x.shape[1], head % x.shape[1], t - begin});
+        const void* from_row =
+            axis == 1 ? x.at({head, t - begin}) : x.at({head / x.shape[1], head % x.shape[1], t - begin});
         read_f32(from_row, x.dtype, x.stride[axis + 1], width, row);
         if (rounded && !paired)
           for (Index i = 0; i < width; ++i) row[i] = round_to_bf16(row[i]);
@@ -76,18 +78,14 @@ void KeyValues::append(const TensorView& k, const TensorView& v) {
     fetch(k, d);
     if (from % panel_columns == 0) {  // a fresh panel, padding included
       const Index offset = panel * layout_.panel_elements();
-      if (paired)
-        kernel.pack_keys_bf16(rows, d, to - from, d, layout_.dp, reinterpret_cast<bf16*>(keys) + offset);
-      else
-        kernel.pack_keys_f32(rows, d, to - from, d, layout_.dp, reinterpret_cast<float*>(keys) + offset);
+      if (paired) kernel.pack_keys_bf16(rows, d, to - from, d, layout_.dp, reinterpret_cast<bf16*>(keys) + offset);
+      else kernel.pack_keys_f32(rows, d, to - from, d, layout_.dp, reinterpret_cast<float*>(keys) + offset);
     } else {
       for (Index t = from; t < to; ++t)
         for (Index i = 0; i < d; ++i) {
           const float x = rows[(t - from) * d + i];
-          if (paired)
-            reinterpret_cast<bf16*>(keys)[layout_.key_offset(t, i)] = to_bf16(x);
-          else
-            reinterpret_cast<float*>(keys)[layout_.key_offset(t, i)] = x;
+          if (paired) reinterpret_cast<bf16*>(keys)[layout_.key_offset(t, i)] = to_bf16(x);
+          else reinterpret_cast<float*>(keys)[layout_.key_offset(t, i)] = x;
         }
     }
     fetch(v, dv);
@@ -248,11 +246,11 @@ KeyRows KeyValues::key_rows() const {
     const Index from = std::max(rows_complete_, start) - start, to = std::min(size_ - start, panel_columns);
     auto* out = const_cast<std::byte*>(rows.row(head, start + from));
     if (layout_.dtype == DType::f32)
-      unpack_panel<float, 1>(static_cast<const float*>(keys(head)) + panel * layout_.panel_elements(), from, to, layout_.dp,
-                             reinterpret_cast<float*>(out));
+      unpack_panel<float, 1>(static_cast<const float*>(keys(head)) + panel * layout_.panel_elements(), from, to,
+                             layout_.dp, reinterpret_cast<float*>(out));
     else
-      unpack_panel<bf16, 2>(static_cast<const bf16*>(keys(head)) + panel * layout_.panel_elements(), from, to, layout_.dp,
-                            reinterpret_cast<bf16*>(out));
+      unpack_panel<bf16, 2>(static_cast<const bf16*>(keys(head)) + panel * layout_.panel_elements(), from, to,
+                            layout_.dp, reinterpret_cast<bf16*>(out));
   });
   rows_complete_ = size_;
   return rows;

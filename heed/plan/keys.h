@@ -48,12 +48,13 @@ class KeyValues {
   Index bytes() const;
 
   /// Appends n tokens to every head: k [heads, n, D] and v [heads, n, Dv], or with the heads as two
-  /// axes [B, Hk, n, D]; any strides; f32, f16 or bf16, rounded to the arithmetic type. Throws Error when the capacity is exceeded.
+  /// axes [B, Hk, n, D]; any strides; f32, f16 or bf16, rounded to the arithmetic type. Throws Error when the capacity
+  /// is exceeded.
   void append(const TensorView& k, const TensorView& v);
   /// Forgets all tokens from `size` on.
   void truncate(Index size);
 
-  const void* keys(Index head) const;    // first panel
+  const void* keys(Index head) const;  // first panel
   const void* values(Index head) const;  // first row
   /// Key or value of one token, widened: d (dv) floats.
   void read_key(Index head, Index token, float* out) const;

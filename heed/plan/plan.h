@@ -109,7 +109,9 @@ class Tiles {
     if (rows.count > 0 && columns.count > 0) tiles_.push_back({source, rows, columns, mask, gated});
   }
   template <class T>
-  std::span<T> take(Index count) { return scratch_.take<T>(count); }
+  std::span<T> take(Index count) {
+    return scratch_.take<T>(count);
+  }
   Scratch& scratch() { return scratch_; }
   const std::vector<Tile>& list() const { return tiles_; }
 

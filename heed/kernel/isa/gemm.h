@@ -20,8 +20,7 @@ void gemm(Index m, Index n, Index k, const T* a, Index lda, const T* b, float* c
 
 inline void pack_keys_f32(const float* x, Index ldx, Index columns, Index d, Index d_padded, float* panel) {
   for (Index f = 0; f < d_padded; ++f)
-    for (Index c = 0; c < panel_columns; ++c)
-      panel[f * panel_columns + c] = f < d && c < columns ? x[c * ldx + f] : 0;
+    for (Index c = 0; c < panel_columns; ++c) panel[f * panel_columns + c] = f < d && c < columns ? x[c * ldx + f] : 0;
 }
 
 inline std::uint16_t round_bits(float x) { return to_bf16(x).bits; }
