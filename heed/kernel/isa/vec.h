@@ -139,8 +139,10 @@ inline std::uint32_t less(F a, F b) {
 // Adding and taking away 1.5 · 2^23 leaves the nearest whole number, for |x| < 2^22.
 inline F round(F x) { return (x + 12582912.0f) - 12582912.0f; }
 inline F scale_by_power(F x, F n) {
-  const I shifted = __builtin_convertvector(n, I) << 23;
-  const F y = (F)((I)x + shifted);
+  // Unsigned: lanes that will be selected away may hold anything, and their sum may run over.
+  typedef std::uint32_t U __attribute__((vector_size(16)));
+  const U shifted = (U) __builtin_convertvector(n, I) << 23;
+  const F y = (F)((U)x + shifted);
   return n >= -125.0f ? y : F{};
 }
 inline F clamp_exponent(F x) { return max(x, set1(-126)); }
