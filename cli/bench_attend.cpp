@@ -9,13 +9,12 @@
 #include <optional>
 
 #include "cli/bench.h"
-#include "cli/options.h"
+#include "cli/tensors.h"
 #include "heed/base/random.h"
 #include "heed/base/threads.h"
 #include "heed/exec/cost.h"
 #include "heed/kernel/kernels.h"
 #include "heed/mechanism/attend.h"
-#include "heed/model/safetensors.h"
 
 namespace heed::cli {
 namespace {
@@ -31,7 +30,7 @@ struct Options {
 
 // q, k, v and what else a file holds, or random numbers.
 struct Tensors {
-  std::optional<model::SafetensorsFile> file;
+  std::optional<OpenedTensors> opened;
   std::vector<float> memory[3];
   AttendInput input;
 };
@@ -44,10 +43,9 @@ std::vector<float> random_values(Index n, Random& random) {
 
 void fill(const Options& o, Tensors& t) {
   if (!o.input.empty()) {
-    t.file = model::SafetensorsFile::open(o.input);
-    t.input.q = t.file->tensor("q"), t.input.k = t.file->tensor("k"), t.input.v = t.file->tensor("v");
-    for (const std::string& name : t.file->names())
-      if (name != "q" && name != "k" && name != "v") t.input.extra.emplace(name, t.file->tensor(name));
+    TensorOptions file;
+    file.in = o.input;
+    t.input = t.opened.emplace(file.open()).input;
     return;
   }
   Random random(o.seed);
@@ -164,6 +162,7 @@ class Bench {
         machine_{.isa = "", .f32_flops = peaks_.f32, .bf16_flops = peaks_.bf16, .read_bytes = bandwidth(threads())} {
     fill(o, tensors_);
     const Shape &q = tensors_.input.q.shape, &k = tensors_.input.k.shape;
+    if (q.size() != 4 || k.size() != 4) check({"dense", {}}, tensors_.input);  // says what is wrong with them
     json_ = {{"isa", kernels().name}, {"threads", threads()}, {"length", q.at(2)},      {"heads", q.at(1)},
              {"kv_heads", k.at(1)},   {"head_size", q.at(3)}, {"f32_peak", peaks_.f32}, {"bf16_peak", peaks_.bf16}};
     if (quiet()) return;

@@ -74,8 +74,12 @@ struct Session::State {
     if (o.use.layers.empty())
       for (size_t i = 0; i < replaced.size(); ++i) replaced[i] = !info.local[i];
     capacity = context;
-    for (Index i = 0; i < info.layers; ++i)
-      if (replaced[static_cast<size_t>(i)]) try_plan(chosen, info, i, o.kv, o.use.phase == Phase::decode);
+    // Layers differ only by what was learned of them.
+    for (Index i = 0; i < info.layers; ++i) {
+      if (!replaced[static_cast<size_t>(i)]) continue;
+      try_plan(chosen, info, i, o.kv, o.use.phase == Phase::decode);
+      if (!o.use.calibration) break;
+    }
   }
 
   const Model& model;
