@@ -133,25 +133,57 @@ TEST_CASE("one row is multiplied in every format of the file") {
         std::vector<std::byte> shifted(1);
         shifted.insert(shifted.end(), encoded.bytes.begin(), encoded.bytes.end());
         const GgufTensor tensor{"w", format, {outputs, inputs}, std::span<const std::byte>(shifted).subspan(1)};
-        const Linear linear(tensor, DType::f32, true);
+        const Linear exact(tensor, DType::f32, true), rounded(tensor, DType::bf16, true);
         std::vector<float> y(static_cast<size_t>(outputs), std::numeric_limits<float>::quiet_NaN());
-        for (const int threads : {1, 2}) {
-          const test::UseThreads used(threads);
+        for (const int threads : {1, 2, -1}) {
+          const test::UseThreads used(std::abs(threads));
+          const Linear& linear = threads < 0 ? rounded : exact;
           const Linear::Job job{&linear, y.data(), outputs};
           Linear::apply_row(x.values.data(), {&job, 1});
           for (Index o = 0; o < outputs; ++o) {
-            double sum = 0, size = 0;
+            // With bf16 arithmetic formats of blocks meet inputs that are off by half of their 32's largest magnitude /
+            // 32767 at most.
+            double sum = 0, size = 0, rounding = 0;
             for (Index i = 0; i < inputs; ++i) {
-              const double term = encoded.values[static_cast<size_t>(o * inputs + i)] *
-                                  static_cast<double>(x.values[static_cast<size_t>(i)]);
+              const double weight = encoded.values[static_cast<size_t>(o * inputs + i)];
+              const double term = weight * static_cast<double>(x.values[static_cast<size_t>(i)]);
               sum += term, size += std::abs(term);
+              if (block == 1 || &linear == &exact) continue;
+              double most = 0;
+              for (Index j = i / 32 * 32; j < i / 32 * 32 + 32; ++j)
+                most = std::max(most, std::abs(static_cast<double>(x.values[static_cast<size_t>(j)])));
+              rounding += std::abs(weight) * most / 32767 / 2;
             }
-            CHECK_MESSAGE(std::abs(sum - static_cast<double>(y[static_cast<size_t>(o)])) <= 3e-6 * size, isa, " ",
-                          name_of(format), " row ", o);
+            const double error = std::abs(sum - static_cast<double>(y[static_cast<size_t>(o)]));
+            CHECK_MESSAGE(error <= 3e-6 * size + rounding, isa, " ", name_of(format), " row ", o);
           }
         }
       }
     }
+  }
+}
+
+TEST_CASE("a row is rounded to whole multiples of its largest magnitudes") {
+  for (const std::string& isa : available_isas()) {
+    const test::UseIsa use(isa);
+    std::vector<float> values(96);
+    Random random(5);
+    for (size_t i = 0; i < 64; ++i) values[i] = static_cast<float>(random.normal()) * (i < 32 ? 1.0f : 1e-20f);
+    std::vector<std::int16_t> x(96);  // the last 32 stay zero
+    std::vector<float> scale(6);
+    kernels().round_row(values.data(), 96, x.data(), scale.data());
+    for (size_t g = 0; g < 3; ++g) {
+      double sum = 0, most = 0;
+      for (size_t i = g * 32; i < g * 32 + 32; ++i) most = std::max(most, std::abs(static_cast<double>(values[i])));
+      for (size_t i = g * 32; i < g * 32 + 32; ++i) {
+        const double rounded = static_cast<double>(scale[2 * g]) * x[i];
+        CHECK(std::abs(rounded - static_cast<double>(values[i])) <= 0.5001 * most / 32767);
+        sum += rounded;
+      }
+      CHECK(std::abs(static_cast<double>(scale[2 * g + 1]) - sum) <= 1e-6 * 32 * most);
+    }
+    CHECK(x[95] == 0);
+    CHECK(scale[4] == 0);
   }
 }
 

@@ -7,19 +7,21 @@
 namespace heed {
 
 struct GroupScales {
-  float scale[8], minimum[8];  // d and dmin multiplied in: x = scale·q - minimum
+  std::uint8_t scale[8], minimum[8];  // x = d·scale·q - dmin·minimum
 };
 
 /// The 12 bytes hold the low 6 bits of scales 0-3, then of minima 0-3; each of the last four has the low 4 bits of
-/// scale and minimum 4-7, whose upper 2 bits fill up the first eight.
-static inline GroupScales group_scales(const std::uint8_t* s, float d, float dmin) {
+/// scale and minimum 4-7, whose upper 2 bits fill up the first eight. Four bytes are taken at a time.
+static inline GroupScales group_scales(const std::uint8_t* packed) {
+  std::uint32_t first, second, last;
+  __builtin_memcpy(&first, packed, 4);
+  __builtin_memcpy(&second, packed + 4, 4);
+  __builtin_memcpy(&last, packed + 8, 4);
+  constexpr std::uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, two = 0x30303030;
+  const std::uint32_t words[4] = {first & six, (last & four) | (first >> 2 & two), second & six,
+                                  (last >> 4 & four) | (second >> 2 & two)};
   GroupScales g;
-  for (int j = 0; j < 4; ++j) {
-    g.scale[j] = d * static_cast<float>(s[j] & 63);
-    g.minimum[j] = dmin * static_cast<float>(s[j + 4] & 63);
-    g.scale[j + 4] = d * static_cast<float>((s[j + 8] & 15) | (s[j] >> 6 << 4));
-    g.minimum[j + 4] = dmin * static_cast<float>((s[j + 8] >> 4) | (s[j + 4] >> 6 << 4));
-  }
+  __builtin_memcpy(&g, words, sizeof g);
   return g;
 }
 

@@ -59,6 +59,13 @@ struct BackwardTask {
   static constexpr Index stride = chunk_columns + 16;  // lines of successive rows meet in different cache sets
 };
 
+/// A row of activations for row_product: as they are, and rounded by round_row.
+struct RowInput {
+  const float* values = nullptr;  // [n]
+  const std::int16_t* x = nullptr;  // [n]
+  const float* scale = nullptr;  // [n/32, 2]
+};
+
 struct Kernels {
   const char* name;
   bool bf16_dot;  // bf16 panels are multiplied as such; else bf16 means rounded f32
@@ -96,10 +103,13 @@ struct Kernels {
   // Rounds n floats to bf16, nearest even.
   void (*round_bf16)(const float* x, Index n, bf16* out);
 
-  // y[i] = Σ_j w[i][j]·x[j] for `rows` rows of n weights in a file's own format, row_bytes apart, at any address.
-  // x [n]; sums[g] = Σ of x[32·g … 32·g + 31], read by formats of blocks. n: a multiple of the format's block.
-  void (*row_product)(WeightFormat format, const void* w, Index row_bytes, Index rows, Index n, const float* x,
-                      const float* sums, float* y);
+  // y[i] = Σ_j w[i][j]·v[j] for `rows` rows of n weights in a file's own format, row_bytes apart, at any address.
+  // n: a multiple of the format's block. Formats of blocks read the rounded row, plain floats its values.
+  void (*row_product)(WeightFormat format, const void* w, Index row_bytes, Index rows, Index n, const RowInput& v,
+                      float* y);
+  // Rounds n values, a multiple of 32: of each 32 the largest magnitude becomes 32767, and every value a whole number x
+  // times a scale, with an error of at most scale/2. x [n]; scale [n/32, 2]: the scale, and the scale times Σ x.
+  void (*round_row)(const float* values, Index n, std::int16_t* x, float* scale);
 
   // Rows of models; n elements each.
   void (*rms_norm)(const float* x, const float* weight, Index n, float eps, float* out);

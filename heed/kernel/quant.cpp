@@ -134,14 +134,24 @@ void q8_0_block(const Byte* p, float* out) {  // d f16, qs i8 [32]
 }
 
 // 256-element blocks of 8 groups of 32: x = d·scale·q - dmin·minimum, scale and minimum of 6 bits.
-GroupScales groups_at(const Byte* p) {  // d f16, dmin f16, packed [12]
-  return group_scales(p + 4, half_at(p), half_at(p + 2));
+struct Groups {
+  float scale[8], minimum[8];  // d and dmin multiplied in
+};
+Groups groups_at(const Byte* p) {  // d f16, dmin f16, packed [12]
+  const GroupScales packed = group_scales(p + 4);
+  const float d = half_at(p), dmin = half_at(p + 2);
+  Groups g;
+  for (size_t i = 0; i < 8; ++i) {
+    g.scale[i] = d * static_cast<float>(packed.scale[i]);
+    g.minimum[i] = dmin * static_cast<float>(packed.minimum[i]);
+  }
+  return g;
 }
 
 // qs: 32 bytes serve two groups, the even one by its low nibbles, the odd one by its high nibbles.
 
 void q4_k_block(const Byte* p, float* out) {  // groups [16], qs [128]
-  const GroupScales g = groups_at(p);
+  const Groups g = groups_at(p);
   for (size_t pair = 0; pair < 4; ++pair, out += 64) {
     const auto q = bytes_at<32>(p + 16 + 32 * pair);
     for (size_t j = 0; j < 32; ++j) out[j] = g.scale[2 * pair] * static_cast<float>(q[j] & 15) - g.minimum[2 * pair];
@@ -152,7 +162,7 @@ void q4_k_block(const Byte* p, float* out) {  // groups [16], qs [128]
 
 // qh: bit g of byte j is the fifth bit of element j of group g.
 void q5_k_block(const Byte* p, float* out) {  // groups [16], qh [32], qs [128]
-  const GroupScales g = groups_at(p);
+  const Groups g = groups_at(p);
   const auto high = bytes_at<32>(p + 16);
   for (size_t pair = 0; pair < 4; ++pair, out += 64) {
     const auto q = bytes_at<32>(p + 48 + 32 * pair);

@@ -23,6 +23,14 @@ Index rows_a_unit(Index rows) {
   return std::min(rows, std::max(step, wanted / step * step));
 }
 
+// A row and its values rounded to 16 bits, in the thread's scratch.
+RowInput rounded_row(const float* values, Index n) {
+  const auto x = thread_scratch().take<std::int16_t>(n);
+  const auto scale = thread_scratch().take<float>(n / 32 * 2);
+  kernels().round_row(values, n, x.data(), scale.data());
+  return {values, x.data(), scale.data()};
+}
+
 }  // namespace
 
 void Activations::reach(Index rows, Index columns, DType arithmetic) {
@@ -71,7 +79,7 @@ void Activations::assign(const float* x, Index rows, Index columns, DType arithm
 
 Linear::Linear(const GgufTensor& w, DType arithmetic, bool keep_file)
     : file_(keep_file ? w : GgufTensor{}), inputs_(w.columns()), outputs_(w.rows()),
-      depth_(depth_of(inputs_, arithmetic)), bf16_(multiplies_bf16(arithmetic)) {
+      depth_(depth_of(inputs_, arithmetic)), arithmetic_(arithmetic), bf16_(multiplies_bf16(arithmetic)) {
   const Index panel = depth_ * panel_columns;
   if (bf16_) bf16_panels_.reach(panels() * panel);
   else f32_panels_.reach(panels() * panel);
@@ -141,22 +149,28 @@ void Linear::apply_all(const Activations& x, std::span<const Job> jobs) {
 }
 
 void Linear::apply_row(const float* x, std::span<const Job> jobs) {
-  constexpr Index group = 32, rows_a_unit = 32;
+  constexpr Index group = 32;
   const Index inputs = jobs.empty() ? 0 : jobs.front().linear->inputs_;
-  Index units = 0;
+  Index outputs = 0, units = 0;
+  for (const Job& job : jobs) outputs += job.linear->outputs_;
+  // Long runs of memory: what fetches ahead must find its stream anew in each unit.
+  const Index rows_a_unit = std::max<Index>(8, ceil_div(outputs, 4 * threads()));
   for (const Job& job : jobs) {
     if (!job.linear->has_file()) fail("linear: no file to read its rows from, expected a layer that kept it");
     if (job.linear->inputs_ != inputs)
       fail("linear: {} inputs, expected {} as its neighbours", job.linear->inputs_, inputs);
     units += ceil_div(job.linear->outputs_, rows_a_unit);
   }
-  Scratch& scratch = thread_scratch();
-  const Scratch::Mark mark(scratch);
-  const std::span<float> sums = scratch.take<float>(ceil_div(inputs, group));
-  for (Index g = 0; g < static_cast<Index>(sums.size()); ++g) {
-    float sum = 0;
-    for (Index i = g * group; i < std::min(inputs, (g + 1) * group); ++i) sum += x[i];
-    sums[static_cast<size_t>(g)] = sum;
+  const Scratch::Mark mark(thread_scratch());
+  RowInput in{.values = x}, remainder;
+  if (inputs % group == 0) {  // else no layer is in a format of blocks
+    in = rounded_row(x, inputs);
+    if (!jobs.empty() && jobs.front().linear->arithmetic_ == DType::f32) {
+      // What rounding to 16 bits leaves is rounded and multiplied in its turn; of it 2^-16 is lost.
+      float* left = thread_scratch().take<float>(inputs).data();
+      for (Index i = 0; i < inputs; ++i) left[i] = x[i] - in.scale[i / group * 2] * static_cast<float>(in.x[i]);
+      remainder = rounded_row(left, inputs);
+    }
   }
   parallel_for(units, [&](Index unit, int) {
     for (const Job& job : jobs) {
@@ -166,9 +180,18 @@ void Linear::apply_row(const float* x, std::span<const Job> jobs) {
         unit -= here;
         continue;
       }
-      const Index first = unit * rows_a_unit, bytes = layer.file_.row_bytes();
-      kernels().row_product(layer.file_.format, layer.file_.bytes.data() + first * bytes, bytes,
-                            std::min(rows_a_unit, layer.outputs_ - first), inputs, x, sums.data(), job.y + first);
+      const Index first = unit * rows_a_unit, rows = std::min(rows_a_unit, layer.outputs_ - first);
+      const WeightFormat format = layer.file_.format;
+      const auto multiply = [&](const RowInput& row, float* y) {
+        kernels().row_product(format, layer.file_.bytes.data() + first * layer.file_.row_bytes(),
+                              layer.file_.row_bytes(), rows, inputs, row, y);
+      };
+      multiply(in, job.y + first);
+      if (remainder.x == nullptr || block_layout(format).elements == 1) return;
+      const Scratch::Mark unit_mark(thread_scratch());
+      float* more = thread_scratch().take<float>(rows).data();
+      multiply(remainder, more);
+      for (Index i = 0; i < rows; ++i) job.y[first + i] += more[i];
       return;
     }
   });

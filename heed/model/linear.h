@@ -65,7 +65,9 @@ class Linear {
   static void apply_all(const Activations& x, std::span<const Job> jobs);
 
   /// One row of f32 activations x [inputs] times W in its file's format, read once and not rounded: what decoding is
-  /// bound by. Throws Error where a layer kept no file. Uses threads.
+  /// bound by. For formats of blocks x is rounded to 16 bits: each 32 of them to whole multiples of their largest
+  /// magnitude / 32767; with f32 arithmetic what that leaves is rounded and multiplied as well. Throws Error where a
+  /// layer kept no file. Uses threads.
   static void apply_row(const float* x, std::span<const Job> jobs);
   bool has_file() const { return !file_.bytes.empty(); }
   Index file_bytes() const { return static_cast<Index>(file_.bytes.size()); }
@@ -73,7 +75,8 @@ class Linear {
  private:
   GgufTensor file_;
   Index inputs_ = 0, outputs_ = 0, depth_ = 0;  // depth_: inputs padded to the kernel's step
-  bool bf16_ = false;
+  DType arithmetic_ = DType::f32;
+  bool bf16_ = false;  // multiplied as bf16
   Buffer<float> f32_panels_;
   Buffer<bf16> bf16_panels_;
 };

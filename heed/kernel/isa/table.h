@@ -16,6 +16,7 @@
 namespace heed::HEED_ISA {
 
 #include "heed/kernel/isa/vec.h"
+#include "heed/kernel/isa/words.h"
 #include "heed/kernel/isa/product.h"
 
 #include "heed/kernel/isa/attend.h"
@@ -55,6 +56,7 @@ const Kernels table = {
     .weigh_blocks = weigh_blocks,
     .round_bf16 = round_bf16,
     .row_product = row_product,
+    .round_row = round_row,
     .rms_norm = rms_norm,
     .silu_mul = silu_mul,
     .gelu_mul = gelu_mul,

@@ -1,7 +1,6 @@
 // Vectors of the widest kind that the enclosing translation unit may use, under one set of names.
 // Included inside each instruction set's own namespace, so no copy can leak into another's code.
-// W floats a vector; `bits` are lane masks, lane i at bit i. I: as many 32-bit integers; load_u8 and load_i8 widen W
-// bytes, spread_bits puts bit first + i (and those above it) of a word into lane i.
+// W floats a vector; `bits` are lane masks, lane i at bit i.
 
 #if defined(__AVX512F__)
 
@@ -22,22 +21,6 @@ inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT |
 /// x · 2^n for whole n; underflow gives zero, and so does n = -inf whatever x is, NaN included.
 inline F scale_by_power(F x, F n) { return _mm512_scalef_ps(x, n); }
 inline F clamp_exponent(F x) { return x; }
-using I = __m512i;
-inline I load_u8(const std::uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline I load_i8(const std::uint8_t* p) {
-  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline I bits_and(I x, int mask) { return _mm512_and_si512(x, _mm512_set1_epi32(mask)); }
-inline I bits_or(I x, I y) { return _mm512_or_si512(x, y); }
-inline I shift_right(I x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
-inline I shift_left(I x, int n) { return _mm512_sll_epi32(x, _mm_cvtsi32_si128(n)); }
-inline I spread_bits(std::uint32_t word, int first) {
-  const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word)), _mm512_add_epi32(lane, _mm512_set1_epi32(first)));
-}
-inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 inline F load_f16(const std::uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -82,22 +65,6 @@ inline F scale_by_power(F x, F n) {
   return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-125), _CMP_GE_OQ));
 }
 inline F clamp_exponent(F x) { return max(x, set1(-126)); }
-using I = __m256i;
-inline I load_u8(const std::uint8_t* p) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
-inline I load_i8(const std::uint8_t* p) {
-  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
-inline I bits_and(I x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi32(mask)); }
-inline I bits_or(I x, I y) { return _mm256_or_si256(x, y); }
-inline I shift_right(I x, int n) { return _mm256_srl_epi32(x, _mm_cvtsi32_si128(n)); }
-inline I shift_left(I x, int n) { return _mm256_sll_epi32(x, _mm_cvtsi32_si128(n)); }
-inline I spread_bits(std::uint32_t word, int first) {
-  const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), _mm256_add_epi32(lane, _mm256_set1_epi32(first)));
-}
-inline F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 inline F load_f16(const std::uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -146,21 +113,6 @@ inline F scale_by_power(F x, F n) {
   return n >= -125.0f ? y : F{};
 }
 inline F clamp_exponent(F x) { return max(x, set1(-126)); }
-inline I load_u8(const std::uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
-inline I load_i8(const std::uint8_t* p) {
-  std::int8_t x[4];
-  __builtin_memcpy(x, p, 4);
-  return I{x[0], x[1], x[2], x[3]};
-}
-inline I bits_and(I x, int mask) { return x & I{mask, mask, mask, mask}; }
-inline I bits_or(I x, I y) { return x | y; }
-inline I shift_right(I x, int n) { return x >> n; }
-inline I shift_left(I x, int n) { return x << n; }
-inline I spread_bits(std::uint32_t word, int first) {
-  const auto at = [=](int i) { return static_cast<std::int32_t>(word >> (first + i)); };
-  return I{at(0), at(1), at(2), at(3)};
-}
-inline F to_float(I x) { return __builtin_convertvector(x, F); }
 inline F load_f16(const std::uint8_t* p) {
   std::uint16_t h[4];
   __builtin_memcpy(h, p, sizeof h);
