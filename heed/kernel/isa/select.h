@@ -1,7 +1,7 @@
 // The k largest of n scores. Included inside each instruction set's own namespace, after vec.h.
 //
-// The least of the best k is found by halving an interval of floats: every pass only counts scores
-// above a bound, which is a compare a vector, and about log2(n) + 3 passes part the k from the rest.
+// The least of the best k is found by halving an interval of floats. A pass only counts scores above a bound, which is
+// a compare a vector; once few scores are left in the interval, the others are not looked at again.
 
 // Integers that order as floats do, and back.
 inline std::int32_t ordered(float x) {
@@ -19,9 +19,24 @@ inline float unordered(std::int32_t bits) {
 inline Index count_above(const float* x, Index n, float bound) {
   const F b = set1(bound);
   Index count = 0, i = 0;
+#pragma GCC unroll 4
   for (; i + W <= n; i += W) count += __builtin_popcount(less(b, load(x + i)));
   for (; i < n; ++i) count += x[i] > bound ? 1 : 0;
   return count;
+}
+
+/// Copies those of n scores that lie in [low, high] to `kept`, which may be x itself, and returns how many.
+inline Index keep_between(const float* x, Index n, float low, float high, float* kept) {
+  const F least = set1(low), most = set1(high);
+  Index held = 0, i = 0;
+  for (; i + W <= n; i += W) {
+    const F v = load(x + i);
+    for (std::uint32_t bits = ~(less(v, least) | less(most, v)) & ((1u << W) - 1); bits != 0; bits &= bits - 1)
+      kept[held++] = x[i + __builtin_ctz(bits)];
+  }
+  for (; i < n; ++i)
+    if (x[i] >= low && x[i] <= high) kept[held++] = x[i];
+  return held;
 }
 
 /// Writes the indices, ascending, of the k (< n) largest; among scores equal to the least of them the
@@ -36,17 +51,30 @@ inline void choose_top(const float* scores, Index n, Index k, bool higher_wins, 
     highest = scores[i] > highest ? scores[i] : highest;
   }
 
-  // At least k scores are >= low; `above` < k of them are above high.
+  // at_least >= k scores are >= low; `above` <= k of them are above high. Of those between, `left` holds all.
+  constexpr Index room = 2048, many = 2048;
+  float kept[room];
+  const float* left = scores;
+  Index lefts = n, beyond = 0;  // `beyond` scores are not in `left` as they are above it
   std::int32_t low = ordered(lowest), high = ordered(highest);
-  Index above = 0;
-  while (low < high) {
-    const auto middle = static_cast<std::int32_t>(low + (static_cast<std::int64_t>(high) - low) / 2);
-    const Index count = count_above(scores, n, unordered(middle));
+  Index at_least = n, above = 0;
+  for (int pass = 0; low < high; ++pass) {
+    // Halves of a range of numbers part common scores soonest; halves of a range of bits bound the passes.
+    auto middle = static_cast<std::int32_t>(low + (static_cast<std::int64_t>(high) - low) / 2);
+    if (pass < 8 || pass % 2 == 0) {
+      const std::int32_t mean = ordered(unordered(low) / 2 + unordered(high) / 2);
+      middle = mean < low ? low : mean >= high ? high - 1 : mean;
+    }
+    const Index count = beyond + count_above(left, lefts, unordered(middle));
     if (count > k) {
-      low = middle + 1;
+      low = middle + 1, at_least = count;
     } else {
       high = middle, above = count;
       if (count == k) break;
+    }
+    if (lefts > many && at_least - above <= room && (at_least - above) * 4 <= lefts) {
+      lefts = keep_between(left, lefts, unordered(low), unordered(high), kept);
+      left = kept, beyond = above;
     }
   }
   const float bound = unordered(high);
