@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "heed/base/threads.h"
+#include "heed/exec/emission.h"
 #include "heed/exec/gather.h"
 #include "heed/exec/rows.h"
 #include "heed/exec/traverse.h"
@@ -72,22 +73,24 @@ template <class CarryOut>
 AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
   const double start = now();
   std::vector<Tally> tallies(static_cast<size_t>(threads()));
+  std::vector<KeptTiles> kept(static_cast<size_t>(u.splits > 1 ? u.lanes * u.blocks : 0));
   parallel_for(u.count(), [&](Index unit, int thread) {
-    // Later blocks see more columns when causal, so they go first; splits of a block side by side.
-    const Index split = unit % u.splits, lane = unit / u.splits % u.lanes;
-    const Index cut = u.blocks - 1 - unit / u.splits / u.lanes;
+    // Later blocks see more columns when causal, so they go first. The splits of a block follow each other at a
+    // distance, so that they seldom wait for the one that emits.
+    const Index lane = unit % u.lanes, split = unit / u.lanes % u.splits,
+                cut = u.blocks - 1 - unit / u.lanes / u.splits;
     Tally& tally = tallies[static_cast<size_t>(thread)];
     Scratch& scratch = thread_scratch();
     const Scratch::Mark mark(scratch);
     const RowBlock block = block_of(plan, u, lane, cut);
 
     const double emit_start = now();
-    thread_local std::vector<Tile> reused;
-    Tiles tiles(scratch, reused);
-    plan.emit(block, tiles);
+    const std::vector<Tile>& tiles = u.splits > 1
+                                         ? kept[static_cast<size_t>(lane * u.blocks + cut)].emit(plan, block, scratch)
+                                         : emit_tiles(plan, block, scratch);
     tally.emit_s += now() - emit_start;
-    if (split == 0) tally.stats.tiles_planned += static_cast<Index>(tiles.list().size());
-    carry_out((lane * u.blocks + cut) * u.splits + split, split, block, tiles.list(), tally.stats, scratch);
+    if (split == 0) tally.stats.tiles_planned += static_cast<Index>(tiles.size());
+    carry_out((lane * u.blocks + cut) * u.splits + split, split, block, tiles, tally.stats, scratch);
   });
   AttendStats stats;
   double emit_s = 0;

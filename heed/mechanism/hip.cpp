@@ -77,10 +77,10 @@ Plan plan_hip(const Params& p, const Inputs& in) {
     const Index now = in.problem.M - 1;
     const auto* searched = std::any_cast<Searched>(in.memory);
     if (searched == nullptr || now < searched->at || now - searched->at >= refresh)
-      *in.memory = Searched{now, select_once(plan, find)}, searched = std::any_cast<Searched>(in.memory);
+      *in.memory = Searched{now, select_now(plan, find)}, searched = std::any_cast<Searched>(in.memory);
     age = now - searched->at, select = searched->found;
   } else {
-    select = select_once(plan, find);
+    select = find;
   }
 
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {

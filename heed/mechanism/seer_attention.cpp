@@ -13,7 +13,6 @@
 #include "heed/plan/block_tiles.h"
 #include "heed/plan/bounds.h"
 #include "heed/plan/select.h"
-#include "heed/plan/selection.h"
 
 namespace heed::mechanism {
 namespace {
@@ -51,9 +50,8 @@ Plan plan_seer_attention(const Params& p, const Inputs& in) {
   const Queries queries = in.q;
   const KeyValues* kv = in.kv;
   const auto is_dense = [=](Index a) { return all || (by_density && a < k) || (dense_tail && a >= n - 2); };
-  const Select select = select_once(plan, [=, gate = gate.get()](const RowBlock& rows, Scratch& scratch) {
+  const auto select = [=, gate = gate.get()](const RowBlock& rows, Scratch& scratch) {
     const Index a = rows.first / block;
-    if (is_dense(a)) return std::span<const std::int32_t>();
     const auto chosen = scratch.take<std::int32_t>(a + 1);
     float* scores = scratch.take<float>(round_up(a + 1, panel_columns)).data();
     if (oracle)
@@ -72,8 +70,8 @@ Plan plan_seer_attention(const Params& p, const Inputs& in) {
     // The diagonal always: our rule, as a row must see itself.
     if (count == 0 || chosen[static_cast<size_t>(count - 1)] != a)
       chosen[static_cast<size_t>(count++)] = static_cast<std::int32_t>(a);
-    return std::span<const std::int32_t>(chosen.first(static_cast<size_t>(count)));
-  });
+    return chosen.first(static_cast<size_t>(count));
+  };
 
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
     if (is_dense(rows.first / block))

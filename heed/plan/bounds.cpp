@@ -5,7 +5,6 @@
 #include "heed/kernel/kernels.h"
 #include "heed/plan/block_tiles.h"
 #include "heed/plan/select.h"
-#include "heed/plan/selection.h"
 
 namespace heed {
 
@@ -21,10 +20,10 @@ Plan plan_bounded_step(const Problem& problem, const Queries& queries, const Key
   const auto bounds_of = [bounds = all.bounds.data(), capacity = all.capacity, d](Index head, Index b) {
     return bounds + (head * capacity + b) * 2 * d;
   };
-  const Select select = select_once(plan, [=](const RowBlock& rows, Scratch& scratch) -> std::span<const std::int32_t> {
-    const auto chosen = scratch.take<std::int32_t>(count + 1);
-    const auto scores = scratch.take<float>(last);
-    float* parts = scratch.take<float>(2 * d).data();
+  plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
+    const auto chosen = tiles.take<std::int32_t>(count + 1);
+    const auto scores = tiles.take<float>(last);
+    float* parts = tiles.take<float>(2 * d).data();
     // max(q·most, q·least) is q·most where q > 0 and q·least elsewhere: one dot product with [q+; q-].
     queries.read(rows.b, rows.head, rows.token(0), parts);
     for (Index f = 0; f < d; ++f) parts[d + f] = std::min(parts[f], 0.0f), parts[f] = std::max(parts[f], 0.0f);
@@ -32,10 +31,7 @@ Plan plan_bounded_step(const Problem& problem, const Queries& queries, const Key
       scores[static_cast<size_t>(b)] = kernels().dot(parts, bounds_of(rows.b * problem.Hk + rows.kv_head, b), 2 * d);
     choose_top(scores.data(), last, count, Ties::lower, chosen.data());
     chosen.back() = static_cast<std::int32_t>(last);
-    return chosen;
-  });
-  plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
-    add_past_blocks(tiles, rows, select(rows, tiles.scratch()), block);
+    add_past_blocks(tiles, rows, chosen, block);
   };
   return plan;
 }

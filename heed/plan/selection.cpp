@@ -7,11 +7,8 @@
 
 namespace heed {
 
-Select select_once(const Plan& plan, Select select) {
-  constexpr Index few_rows = 256;
+Select select_now(const Plan& plan, const Select& select) {
   const Problem& p = plan.problem;
-  if (plan.rows_per_head() > few_rows) return select;
-
   const Index blocks = static_cast<Index>(plan.cuts.size()) - 1;
   const auto lists = std::make_shared<std::vector<std::vector<std::int32_t>>>(static_cast<size_t>(p.B * p.Hq * blocks));
   parallel_for(p.B * p.Hq * blocks, [&](Index unit, int) {

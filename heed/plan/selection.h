@@ -1,4 +1,4 @@
-// Lists that row blocks select, when selecting is dear.
+// Lists that row blocks select, kept for more than one call.
 #pragma once
 
 #include <functional>
@@ -11,9 +11,8 @@ namespace heed {
 /// What a row block of a query head selected; the memory is the scratch's or the function's own.
 using Select = std::function<std::span<const std::int32_t>(const RowBlock&, Scratch&)>;
 
-/// `select`, for a plan of one lane per query head whose cuts stand. A plan of few rows is carried out
-/// in splits, each of which asks for its tiles anew: there everything is selected now, once, in parallel.
-/// Longer plans select when asked and keep nothing.
-Select select_once(const Plan& plan, Select select);
+/// What `select` gives for every row block of a plan of one lane per query head whose cuts stand: selected now, in
+/// parallel, and kept, so that calls to come can use it as well.
+Select select_now(const Plan& plan, const Select& select);
 
 }  // namespace heed
