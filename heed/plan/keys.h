@@ -12,10 +12,10 @@
 
 namespace heed {
 
-/// Sums of keys over complete blocks of tokens, per head: block b of head h at sums[(h·capacity + b)·d].
-struct BlockSums {
-  Index block = 0, complete = 0, capacity = 0;
-  std::vector<float> sums;
+/// Mean keys of complete blocks of tokens, per head packed as f32 key panels of d features, a column a block.
+struct BlockMeans {
+  Index block = 0, complete = 0, capacity = 0;  // capacity: a multiple of 64
+  std::vector<float> panels;                    // those of head h from h·capacity·d on
 };
 
 /// The largest and the least of each feature of the keys of complete blocks, per head: of block b of head h d largest
@@ -65,14 +65,14 @@ class KeyValues {
   /// The same for values, sum [dv], in token order.
   void sum_values(Index head, Index begin, Index end, float* sum) const;
 
-  /// Sums of the keys of every complete block of `block` tokens, f32, brought up to date: tokens
-  /// that were summed before are not read again. Not thread-safe: call it before parallel work.
-  const BlockSums& block_sums(Index block) const;
+  /// Means of the keys of every complete block of `block` tokens, f32 sums, kept and brought up to date: blocks
+  /// whose means are there are not looked at again. Not thread-safe: call it before parallel work.
+  const BlockMeans& block_means(Index block) const;
 
   /// Raises most [d] and lowers least [d] to the keys of tokens [begin, end) of one head.
   void bound_keys(Index head, Index begin, Index end, float* most, float* least) const;
 
-  /// Bounds of the keys of every complete block of `block` tokens, kept and brought up to date like block_sums.
+  /// Bounds of the keys of every complete block of `block` tokens, kept and brought up to date like block_means.
   const BlockBounds& block_bounds(Index block) const;
 
   /// The keys once more, as rows: a key's features lie apart in a panel, which is slow for those who
@@ -92,7 +92,7 @@ class KeyValues {
   PanelLayout layout_;
   Index head_bytes_k_ = 0, head_bytes_v_ = 0;
   std::unique_ptr<std::byte, Free> memory_k_, memory_v_;
-  mutable std::map<Index, BlockSums> sums_;
+  mutable std::map<Index, BlockMeans> means_;
   mutable std::map<Index, BlockBounds> bounds_;
   mutable std::unique_ptr<std::byte, Free> memory_rows_;
   mutable Index rows_complete_ = 0;  // tokens in memory_rows_

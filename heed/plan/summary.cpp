@@ -8,76 +8,74 @@
 namespace heed {
 namespace {
 
-// Packs `count` means, sums[j·d …] / tokens(j), as key panels.
-template <class Sums, class Tokens>
-std::vector<float> pack_means(Index count, Index d, Sums sums, Tokens tokens) {
-  std::vector<float> panels(static_cast<size_t>(round_up(count, panel_columns) * d));
-  Scratch& scratch = thread_scratch();
-  const Scratch::Mark mark(scratch);
-  float* rows = scratch.take<float>(panel_columns * d).data();
-  for (Index first = 0; first < count; first += panel_columns) {
-    const Index columns = std::min(panel_columns, count - first);
-    for (Index j = 0; j < columns; ++j) {
-      const float* sum = sums(first + j);
-      const float n = static_cast<float>(tokens(first + j));
-      for (Index i = 0; i < d; ++i) rows[j * d + i] = sum[i] / n;
-    }
-    kernels().pack_keys_f32(rows, d, columns, d, d, panels.data() + first * d);
+// Packs the means of `blocks[head]` groups for every head: sum(head, j, out) adds up the group's keys in out [d],
+// tokens(head, j) says how many they are.
+template <class Sum, class Tokens>
+Summary pack_means(std::vector<Index> blocks, Index d, Sum sum, Tokens tokens) {
+  Summary s{.d = d, .blocks = std::move(blocks), .panels = {}, .own = {}};
+  const Index heads = static_cast<Index>(s.blocks.size());
+  Index panels = 0;
+  for (const Index count : s.blocks) {
+    s.own.push_back(std::make_unique_for_overwrite<float[]>(static_cast<size_t>(round_up(count, panel_columns) * d)));
+    s.panels.push_back(s.own.back().get());
+    panels = std::max(panels, ceil_div(count, panel_columns));
   }
-  return panels;
+  parallel_for(heads * panels, [&](Index unit, int) {
+    const Index head = unit / panels, first = unit % panels * panel_columns;
+    const Index columns = std::min(panel_columns, s.blocks[static_cast<size_t>(head)] - first);
+    if (columns <= 0) return;
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    float* rows = scratch.take<float>(columns * d).data();
+    std::fill_n(rows, columns * d, 0.0f);
+    for (Index j = 0; j < columns; ++j) {
+      float* row = rows + j * d;
+      sum(head, first + j, row);
+      const float n = static_cast<float>(tokens(head, first + j));
+      for (Index i = 0; i < d; ++i) row[i] /= n;
+    }
+    kernels().pack_keys_f32(rows, d, columns, d, d, s.own[static_cast<size_t>(head)].get() + first * d);
+  });
+  return s;
 }
 
 }  // namespace
 
 void Summary::score(Index head, const float* q, Index rows, Index count, float* scores, Index stride,
                     bool accumulate) const {
-  kernels().gemm_f32(rows, count, d, q, d, panels[static_cast<size_t>(head)].data(), scores, stride, accumulate);
+  kernels().gemm_f32(rows, count, d, q, d, panels[static_cast<size_t>(head)], scores, stride, accumulate);
 }
 
 Summary mean_keys(const KeyValues& kv, const Problem& problem, const std::vector<std::vector<BlockRange>>& ranges) {
-  const Index heads = problem.B * problem.Hk, d = problem.D;
-  Summary s{.d = d, .blocks = {}, .panels = std::vector<std::vector<float>>(static_cast<size_t>(heads))};
-  for (Index head = 0; head < heads; ++head)
-    s.blocks.push_back(static_cast<Index>(ranges[static_cast<size_t>(head / problem.Hk)].size()));
-  parallel_for(heads, [&](Index head, int) {
-    const std::vector<BlockRange>& blocks = ranges[static_cast<size_t>(head / problem.Hk)];
-    std::vector<float> sum(static_cast<size_t>(d));
-    s.panels[static_cast<size_t>(head)] = pack_means(
-        static_cast<Index>(blocks.size()), d,
-        [&](Index j) {
-          std::fill(sum.begin(), sum.end(), 0.0f);
-          kv.sum_keys(head, blocks[static_cast<size_t>(j)].begin, blocks[static_cast<size_t>(j)].end, sum.data());
-          return sum.data();
-        },
-        [&](Index j) { return blocks[static_cast<size_t>(j)].size(); });
-  });
-  return s;
+  std::vector<Index> blocks;
+  for (Index head = 0; head < problem.B * problem.Hk; ++head)
+    blocks.push_back(static_cast<Index>(ranges[static_cast<size_t>(head / problem.Hk)].size()));
+  const auto range = [&](Index head, Index j) -> const BlockRange& {
+    return ranges[static_cast<size_t>(head / problem.Hk)][static_cast<size_t>(j)];
+  };
+  return pack_means(
+      std::move(blocks), problem.D,
+      [&](Index head, Index j, float* sum) { kv.sum_keys(head, range(head, j).begin, range(head, j).end, sum); },
+      [&](Index head, Index j) { return range(head, j).size(); });
 }
 
 Summary mean_keys(const KeyValues& kv, const Problem& problem, std::span<const std::int32_t> tokens,
                   std::span<const Index> begins) {
-  const Index heads = problem.B * problem.Hk, d = problem.D, blocks = static_cast<Index>(begins.size()) - 1;
-  Summary s{.d = d,
-            .blocks = std::vector<Index>(static_cast<size_t>(heads), blocks),
-            .panels = std::vector<std::vector<float>>(static_cast<size_t>(heads))};
-  parallel_for(heads, [&](Index head, int) {
-    std::vector<float> sum(static_cast<size_t>(d));
-    s.panels[static_cast<size_t>(head)] = pack_means(
-        blocks, d,
-        [&](Index c) {
-          std::fill(sum.begin(), sum.end(), 0.0f);
-          const Index begin = begins[static_cast<size_t>(c)], count = begins[static_cast<size_t>(c) + 1] - begin;
-          const auto block = tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
-          // Tokens that follow each other are summed as a run.
-          for (size_t from = 0, to; from < block.size(); from = to) {
-            for (to = from + 1; to < block.size() && block[to] == block[to - 1] + 1;) ++to;
-            kv.sum_keys(head, block[from], block[to - 1] + 1, sum.data());
-          }
-          return sum.data();
-        },
-        [&](Index c) { return begins[static_cast<size_t>(c) + 1] - begins[static_cast<size_t>(c)]; });
-  });
-  return s;
+  const auto group = [&](Index j) {
+    const Index begin = begins[static_cast<size_t>(j)], count = begins[static_cast<size_t>(j) + 1] - begin;
+    return tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
+  };
+  return pack_means(
+      std::vector<Index>(static_cast<size_t>(problem.B * problem.Hk), static_cast<Index>(begins.size()) - 1), problem.D,
+      [&](Index head, Index j, float* sum) {
+        const auto block = group(j);
+        // Tokens that follow each other are summed as a run.
+        for (size_t from = 0, to; from < block.size(); from = to) {
+          for (to = from + 1; to < block.size() && block[to] == block[to - 1] + 1;) ++to;
+          kv.sum_keys(head, block[from], block[to - 1] + 1, sum);
+        }
+      },
+      [&](Index, Index j) { return static_cast<Index>(group(j).size()); });
 }
 
 Tensor mean_queries(const Queries& queries, const Problem& problem, std::span<const std::int32_t> tokens,
@@ -106,14 +104,9 @@ Tensor mean_queries(const Queries& queries, const Problem& problem, std::span<co
 
 Summary mean_blocks(const KeyValues& kv, const Problem& problem, Index block) {
   const Index heads = problem.B * problem.Hk, d = problem.D;
-  const BlockSums& sums = kv.block_sums(block);
-  Summary s{.d = d,
-            .blocks = std::vector<Index>(static_cast<size_t>(heads), sums.complete),
-            .panels = std::vector<std::vector<float>>(static_cast<size_t>(heads))};
-  for (Index head = 0; head < heads; ++head)
-    s.panels[static_cast<size_t>(head)] = pack_means(
-        sums.complete, d, [&](Index j) { return sums.sums.data() + (head * sums.capacity + j) * d; },
-        [&](Index) { return block; });
+  const BlockMeans& means = kv.block_means(block);
+  Summary s{.d = d, .blocks = std::vector<Index>(static_cast<size_t>(heads), means.complete), .panels = {}, .own = {}};
+  for (Index head = 0; head < heads; ++head) s.panels.push_back(means.panels.data() + head * means.capacity * d);
   return s;
 }
 

@@ -13,8 +13,9 @@ namespace heed {
 /// One f32 vector per block and head, as key panels.
 struct Summary {
   Index d = 0;
-  std::vector<Index> blocks;                // per head: how many
-  std::vector<std::vector<float>> panels;   // per head: key panels of f32 vectors
+  std::vector<Index> blocks;           // per head: how many
+  std::vector<const float*> panels;    // per head: key panels of f32 vectors, in `own` or kept elsewhere
+  std::vector<std::unique_ptr<float[]>> own;
 
   /// scores[i·stride + j] = <q_i, summary_j> for `rows` rows q [rows, d] and the head's blocks
   /// 0 … count-1, or added to what stands there. stride >= count rounded up to 64. Not scaled: scores only rank.
@@ -40,8 +41,8 @@ Summary mean_keys(const KeyValues& kv, const Problem& problem, std::span<const s
 Tensor mean_queries(const Queries& queries, const Problem& problem, std::span<const std::int32_t> tokens,
                     std::span<const Index> begins);
 
-/// Mean keys for blocks of `block` tokens from token 0, complete ones only. Sums are kept in `kv`, so
-/// that later calls only add what is new.
+/// Mean keys for blocks of `block` tokens from token 0, complete ones only. They are kept in `kv`, which the summary
+/// shows, so that later calls only add what is new.
 Summary mean_blocks(const KeyValues& kv, const Problem& problem, Index block);
 
 }  // namespace heed
