@@ -204,8 +204,10 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     if (!full) {
       task.words = words;
       const bool counted = bits || view.visible != nullptr || tile.gated;
+      const bool alike = extent.uniform && !bits;  // every row sees the same columns
       if (counted) pairs = 0;
-      for (Index i = 0; i < count; ++i) {
+      if (alike) task.word_stride = 0;
+      for (Index i = 0; i < (alike ? 1 : count); ++i) {
         const Index a = extent.uniform ? from : std::max<Index>(from, extent.first[static_cast<size_t>(r0 + i)]);
         const Index b = extent.uniform ? to : std::min<Index>(to, extent.end[static_cast<size_t>(r0 + i)]);
         for (Index p = 0; p < task.panels; ++p) {
@@ -218,6 +220,7 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
           if (counted) pairs += std::popcount(word & ~gates[p]);
         }
       }
+      if (counted && alike) pairs *= count;
       if (pairs == 0) continue;
     }
 

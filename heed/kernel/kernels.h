@@ -23,9 +23,10 @@ struct PanelTask {
   PanelLayout layout;
   const void *k = nullptr, *v = nullptr;
   Index panels = 0;
-  // Visibility: null = everything, else bit c of words[r·4 + p] says that row r (rank in this
-  // task) sees column c of panel p.
+  // Visibility: null = everything, else bit c of words[r·word_stride + p] says that row r (rank in this
+  // task) sees column c of panel p. word_stride = 0: all rows see the same.
   const std::uint64_t* words = nullptr;
+  Index word_stride = chunk_columns / panel_columns;
   // The rule: score = softcap(scale · q·k) + add, natural units. softcap = 0: none. add is null or
   // [rows or 1][panels·64] with row stride add_stride (0: one row for all), -inf allowed.
   float scale = 1, softcap = 0;

@@ -172,9 +172,10 @@ struct Seen {
 };
 inline Seen seen_strip(const PanelTask& t, Index first, Index rows, Index step) {
   if (t.words == nullptr) return {0, t.panels * panel_columns, false};
+  if (t.word_stride == 0) first = 0, rows = 1;
   std::uint64_t any[4] = {}, hidden = 0;
   for (Index i = first; i < first + rows; ++i)
-    for (Index p = 0; p < t.panels; ++p) any[p] |= t.words[i * 4 + p];
+    for (Index p = 0; p < t.panels; ++p) any[p] |= t.words[i * t.word_stride + p];
   Index begin = 0, end = t.panels;
   while (begin < end && any[begin] == 0) ++begin;
   while (end > begin && any[end - 1] == 0) --end;
@@ -186,7 +187,7 @@ inline Seen seen_strip(const PanelTask& t, Index first, Index rows, Index step) 
     std::uint64_t inside = ~std::uint64_t{0};
     if (from > p * panel_columns) inside &= inside << (from - p * panel_columns);
     if (to < (p + 1) * panel_columns) inside &= ~std::uint64_t{0} >> ((p + 1) * panel_columns - to);
-    for (Index i = first; i < first + rows; ++i) hidden |= inside & ~t.words[i * 4 + p];
+    for (Index i = first; i < first + rows; ++i) hidden |= inside & ~t.words[i * t.word_stride + p];
   }
   return {from, to, hidden != 0};
 }
@@ -235,7 +236,7 @@ void attend_rows(const PanelTask& t) {
       column += width;
     }
     for (Index i = 0; i < rows; ++i) {
-      const std::uint64_t* words = tested ? t.words + (first + i) * 4 : nullptr;
+      const std::uint64_t* words = tested ? t.words + (first + i) * t.word_stride : nullptr;
       float factor = t.scale * log2_e;
       if (!plain) {
         apply_rule(t, t.add == nullptr ? nullptr : t.add + (first + i) * t.add_stride, s[i], from, to);

@@ -119,7 +119,7 @@ inline void attend_backward(const BackwardTask& b) {
       column += width;
     }
     for (Index i = 0; i < rows; ++i) {
-      const std::uint64_t* words = tested ? t.words + (first + i) * 4 : nullptr;
+      const std::uint64_t* words = tested ? t.words + (first + i) * t.word_stride : nullptr;
       float factor = t.scale * log2_e;
       if (!plain) {
         const float* add = t.add == nullptr ? nullptr : t.add + (first + i) * t.add_stride;
