@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "heed/kernel/kernels.h"
+
 namespace heed {
 namespace {
 
@@ -15,10 +17,9 @@ void copy_run(const T* from, T* to, Index steps, Index run) {
     for (Index c = 0; c < width; ++c) to[c] = from[c];
 }
 
-// Columns [column, column + run) of a packed source, all in one panel, to column `to` on of another.
+// Keys of columns [column, column + run) of a packed source, all in one panel, to column `to` on of another.
 template <class T>
-void copy_columns(const PanelLayout& layout, const SourceView& view, Index column, Index run, T* keys, T* values,
-                  Index to) {
+void copy_keys(const PanelLayout& layout, const SourceView& view, Index column, Index run, T* keys, Index to) {
   constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
   const T* k = static_cast<const T*>(view.keys) + layout.key_offset(column, 0);
   T* k_out = keys + layout.key_offset(to, 0);
@@ -33,6 +34,12 @@ void copy_columns(const PanelLayout& layout, const SourceView& view, Index colum
     case panel_columns* pair: std::copy_n(k, layout.panel_elements(), k_out); break;  // a whole panel
     default: copy_run<0>(k, k_out, steps, run * pair);
   }
+}
+
+// Their values.
+template <class T>
+void copy_values(const PanelLayout& layout, const SourceView& view, Index column, Index run, T* values, Index to) {
+  constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
   const T* v = static_cast<const T*>(view.values);
   // bf16 values stand in pairs of columns: whole pairs are copied as they lie.
   const Index whole = pair == 1 || (column % 2 == 0 && to % 2 == 0) ? run / pair * pair : 0;
@@ -44,61 +51,115 @@ void copy_columns(const PanelLayout& layout, const SourceView& view, Index colum
   }
 }
 
+constexpr Index line = 64;
+
+void ask_for(const void* data, Index bytes) {
+  for (Index at = 0; at < bytes; at += line) __builtin_prefetch(static_cast<const std::byte*>(data) + at);
+}
+
+// Packs listed keys from rows. Two bf16 features move together, like one f32: that is how panels hold them.
+void pack_key_rows(const PanelLayout& layout, const SourceView& view, std::span<const std::int32_t> members, void* keys,
+                   Scratch& scratch) {
+  const Scratch::Mark mark(scratch);
+  const Index bytes = layout.dp * size_of(layout.dtype), width = bytes / Index{sizeof(float)};
+  float* rows = scratch.take<float>(panel_columns * width).data();
+  constexpr Index ahead = 12;  // rows lie far apart
+  const Index count = static_cast<Index>(members.size());
+  const auto row = [&](Index i) { return view.key_rows + members[static_cast<size_t>(i)] * bytes; };
+  for (Index first = 0; first < count; first += panel_columns) {
+    const Index columns = std::min(panel_columns, count - first);
+    for (Index i = first; i < first + columns; ++i) {
+      if (i + ahead < count) ask_for(row(i + ahead), bytes);
+      std::memcpy(rows + (i - first) * width, row(i), static_cast<size_t>(bytes));
+    }
+    kernels().pack_keys_f32(rows, width, columns, width, width, static_cast<float*>(keys) + first * width);
+  }
+}
+
 template <class T>
-void gather(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from, Index count,
+void gather(const PanelLayout& layout, const SourceView& view, std::span<const std::int32_t> members, bool short_runs,
             Scratch& scratch, SourceView& piece) {
-  const Index padded = round_up(count, panel_columns);
+  const Index count = static_cast<Index>(members.size()), padded = round_up(count, panel_columns);
   T* keys = scratch.take<T>(layout.key_elements(padded)).data();
   T* values = scratch.take<T>(layout.value_elements(padded)).data();
+  const bool by_rows = short_runs && view.key_rows != nullptr;
   // Columns beyond the list have weight zero, but zero times leftover infinity would be NaN.
   const Index tail = padded - panel_columns;
   if (count != padded) {
-    std::fill_n(keys + layout.key_elements(tail), layout.panel_elements(), T{});
+    if (!by_rows) std::fill_n(keys + layout.key_elements(tail), layout.panel_elements(), T{});
     std::fill_n(values + tail * layout.dvp, panel_columns * layout.dvp, T{});
   }
+  if (by_rows) pack_key_rows(layout, view, members, keys, scratch);
+  constexpr Index ahead = 8;
+  const auto member = [&](Index i) -> Index { return members[static_cast<size_t>(i)]; };
   for (Index i = 0, run; i < count; i += run) {
-    const Index column = columns[from + i];
+    const Index column = member(i);
     const Index most = std::min({count - i, panel_columns - column % panel_columns, panel_columns - i % panel_columns});
-    for (run = 1; run < most && columns[from + i + run] == column + run;) ++run;
-    copy_columns(layout, view, column, run, keys, values, i);
+    for (run = 1; run < most && member(i + run) == column + run;) ++run;
+    if (short_runs && i + ahead < count)
+      ask_for(static_cast<const T*>(view.values) + layout.value_offset(member(i + ahead), 0),
+              run * layout.dvp * Index{sizeof(T)});
+    if (!by_rows) copy_keys(layout, view, column, run, keys, i);
+    copy_values(layout, view, column, run, values, i);
   }
   piece.keys = keys, piece.values = values;
+}
+
+// Members [from, from + count) of a set, without a division for each.
+std::span<const std::int32_t> expand(const Set& columns, Index from, Index count, Scratch& scratch) {
+  if (columns.page == 1 && columns.first == 0 && !columns.contiguous())
+    return {columns.pages + from, static_cast<size_t>(count)};
+  const auto members = scratch.take<std::int32_t>(count);
+  Index page = from / columns.page, inner = from % columns.page;
+  for (Index i = 0; i < count; ++page, inner = 0) {
+    const Index begin = columns.first + columns.pages[page] * columns.page;
+    for (; inner < columns.page && i < count; ++inner)
+      members[static_cast<size_t>(i++)] = static_cast<std::int32_t>(begin + inner);
+  }
+  return members;
+}
+
+SourceView describe(const SourceView& view, std::span<const std::int32_t> members, Scratch& scratch) {
+  SourceView piece;
+  const size_t count = members.size();
+  piece.columns = static_cast<Index>(count);
+  if (view.log_weight != nullptr) {
+    float* w = scratch.take<float>(piece.columns).data();
+    for (size_t i = 0; i < count; ++i) w[i] = view.log_weight[members[i]];
+    piece.log_weight = w;
+  }
+  if (view.position == nullptr) {
+    piece.position = members.data();
+  } else {
+    std::int32_t* position = scratch.take<std::int32_t>(piece.columns).data();
+    for (size_t i = 0; i < count; ++i) position[i] = view.position[members[i]];
+    piece.position = position;
+  }
+  if (view.visible != nullptr) {
+    std::uint64_t* visible = scratch.take<std::uint64_t>(chunk_columns / 64).data();
+    std::fill_n(visible, chunk_columns / 64, 0);
+    for (size_t i = 0; i < count; ++i)
+      visible[i / 64] |= ((view.visible[members[i] / 64] >> (members[i] % 64)) & 1) << (i % 64);
+    piece.visible = visible;
+  }
+  return piece;
 }
 
 }  // namespace
 
 SourceView gather_columns(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from,
                           Index count, Scratch& scratch) {
-  SourceView piece = describe_columns(view, columns, from, count, scratch);
-  if (layout.dtype == DType::bf16) gather<bf16>(layout, view, columns, from, count, scratch, piece);
-  else gather<float>(layout, view, columns, from, count, scratch, piece);
+  constexpr Index short_run = 8;  // columns of a panel's line
+  const std::span<const std::int32_t> members = expand(columns, from, count, scratch);
+  SourceView piece = describe(view, members, scratch);
+  const bool short_runs = columns.page < short_run;
+  if (layout.dtype == DType::bf16) gather<bf16>(layout, view, members, short_runs, scratch, piece);
+  else gather<float>(layout, view, members, short_runs, scratch, piece);
   return piece;
 }
 
 SourceView describe_columns(const SourceView& view, const Set& columns, Index from, Index count, Scratch& scratch) {
-  SourceView piece;
-  piece.columns = count;
-  if (view.log_weight != nullptr) {
-    float* w = scratch.take<float>(count).data();
-    for (Index i = 0; i < count; ++i) w[i] = view.log_weight[columns[from + i]];
-    piece.log_weight = w;
-  }
-  std::int32_t* position = scratch.take<std::int32_t>(count).data();
-  for (Index i = 0; i < count; ++i) {
-    const Index column = columns[from + i];
-    position[i] = view.position == nullptr ? static_cast<std::int32_t>(column) : view.position[column];
-  }
-  piece.position = position;
-  if (view.visible != nullptr) {
-    std::uint64_t* visible = scratch.take<std::uint64_t>(chunk_columns / 64).data();
-    std::fill_n(visible, chunk_columns / 64, 0);
-    for (Index i = 0; i < count; ++i) {
-      const Index column = columns[from + i];
-      visible[i / 64] |= ((view.visible[column / 64] >> (column % 64)) & 1) << (i % 64);
-    }
-    piece.visible = visible;
-  }
-  return piece;
+  return describe(view, expand(columns, from, count, scratch), scratch);
 }
 
 void fill_addend(const Plan& plan, const Rows& rows, Index row_rank, const Tile& tile, const SourceView& view,

@@ -70,7 +70,7 @@ Mirrors mirror_sources(Plan& plan) {
       }
       mirrors.push_back(mirror);
       mirrors.back().columns = view.columns;
-      view.keys = key_panels, view.values = nullptr;
+      view.keys = key_panels, view.values = nullptr, view.key_rows = nullptr;
     }
     source.layout = out.scores;
   }

@@ -70,6 +70,7 @@ Plan plan_dhsa(const Params& p, const Inputs& in) {
     });
   }
 
+  if (problem.N > budget) show_key_rows(plan, *in.kv);
   plan.emit = [=, lists = lists.get()](const RowBlock& rows, Tiles& tiles) {
     const Set all = Set::range(0, rows.rows);
     const Index end = rows.position(rows.rows - 1) + 1, u = rows.first / block;

@@ -53,6 +53,7 @@ Plan plan_hip(const Params& p, const Inputs& in) {
   // The last query's range is the longest.
   const bool searches = in.problem.M - search.window - search.sink > search.budget;
   const KeyRows keys = searches ? in.kv->key_rows() : KeyRows{};
+  if (searches) show_key_rows(plan, *in.kv);
   const PanelLayout layout = in.kv->layout();
   const Index heads = in.problem.Hk;
   const auto blocks_in = [search](const KeyBlocks& range) {

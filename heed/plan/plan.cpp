@@ -56,4 +56,10 @@ Plan make_plan(const Problem& problem, const Queries& queries, const KeyValues& 
   return plan;
 }
 
+void show_key_rows(Plan& plan, const KeyValues& kv) {
+  const KeyRows rows = kv.key_rows();
+  std::vector<SourceView>& views = plan.sources[0].views;
+  for (size_t head = 0; head < views.size(); ++head) views[head].key_rows = rows.row(static_cast<Index>(head), 0);
+}
+
 }  // namespace heed

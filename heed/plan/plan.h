@@ -74,19 +74,22 @@ struct Members {
 /// Packed keys and values of one lane's source, with what a column stands for.
 struct SourceView {
   const void *keys = nullptr, *values = nullptr;
+  /// The keys once more, [columns, dp] in the layout's type, or null: a listed column's features lie apart in a panel,
+  /// side by side here.
+  const std::byte* key_rows = nullptr;
   Index columns = 0;
-  const float* log_weight = nullptr;        // [columns], natural log, or null = 0
-  const std::int32_t* position = nullptr;   // [columns], ascending, or null = its rank
-  const std::uint64_t* visible = nullptr;   // one bit per column, null = all: padding
-  const std::uint64_t* gates = nullptr;     // one bit per column: the landmarks, for gated tiles
-  const Members* members = nullptr;         // of derived columns, or null: they are nobody's but their own
+  const float* log_weight = nullptr;  // [columns], natural log, or null = 0
+  const std::int32_t* position = nullptr;  // [columns], ascending, or null = its rank
+  const std::uint64_t* visible = nullptr;  // one bit per column, null = all: padding
+  const std::uint64_t* gates = nullptr;  // one bit per column: the landmarks, for gated tiles
+  const Members* members = nullptr;  // of derived columns, or null: they are nobody's but their own
 };
 
 /// Keys and values that tiles may name. The first source is the input itself.
 struct Source {
   PanelLayout layout;
-  bool per_query_head = false;     // views differ per query head, else per KV head
-  std::vector<SourceView> views;   // [B · heads]
+  bool per_query_head = false;  // views differ per query head, else per KV head
+  std::vector<SourceView> views;  // [B · heads]
 };
 
 /// Rows of one head: tokens [first, first + rows) of the lane's row order.
@@ -94,7 +97,7 @@ struct RowBlock {
   Index b = 0, kv_head = 0, head = 0;  // head: the (first) query head
   Index first = 0, rows = 0;
   const std::int32_t* tokens = nullptr;  // the lane's row order, or null = identity
-  Index position0 = 0;                   // position of token 0
+  Index position0 = 0;  // position of token 0
 
   Index token(Index rank) const { return tokens == nullptr ? first + rank : tokens[first + rank]; }
   Index position(Index rank) const { return position0 + token(rank); }
@@ -172,5 +175,9 @@ struct Plan {
 /// A plan over q and the packed keys and values of the call, one row block per 256 positions, with
 /// nothing emitted yet: mechanisms start from it. The views stay the caller's.
 Plan make_plan(const Problem& problem, const Queries& queries, const KeyValues& kv, const Rule& rule, Lanes lanes);
+
+/// Lets the plan's input show its keys as rows too (KeyValues::key_rows): worth it where each key is listed, far from
+/// its neighbours, by several row blocks.
+void show_key_rows(Plan& plan, const KeyValues& kv);
 
 }  // namespace heed

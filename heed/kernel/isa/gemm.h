@@ -18,9 +18,40 @@ void gemm(Index m, Index n, Index k, const T* a, Index lda, const T* b, float* c
   }
 }
 
+#if defined(__AVX2__)
+inline constexpr Index turned = 8;
+/// to[j·ldt + i] = from[i·ldf + j] for i, j < `turned`: pairs, then fours, then halves change places.
+inline void turn_block(const float* from, Index ldf, float* to, Index ldt) {
+  __m256 x[8], y[8];
+  for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_ps(from + i * ldf);
+  for (int i = 0; i < 8; i += 2)
+    y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]), y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + 2 + j], 0x44);
+      x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + 2 + j], 0xee);
+    }
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(to + j * ldt, _mm256_permute2f128_ps(x[j], x[j + 4], 0x20));
+    _mm256_storeu_ps(to + (j + 4) * ldt, _mm256_permute2f128_ps(x[j], x[j + 4], 0x31));
+  }
+}
+#else
+inline constexpr Index turned = 4;
+inline void turn_block(const float* from, Index ldf, float* to, Index ldt) {
+  for (Index j = 0; j < turned; ++j)
+    for (Index i = 0; i < turned; ++i) to[j * ldt + i] = from[i * ldf + j];
+}
+#endif
+
 inline void pack_keys_f32(const float* x, Index ldx, Index columns, Index d, Index d_padded, float* panel) {
+  const Index whole_columns = columns / turned * turned, whole_d = d / turned * turned;
+  for (Index f = 0; f < whole_d; f += turned)
+    for (Index c = 0; c < whole_columns; c += turned)
+      turn_block(x + c * ldx + f, ldx, panel + f * panel_columns + c, panel_columns);
   for (Index f = 0; f < d_padded; ++f)
-    for (Index c = 0; c < panel_columns; ++c) panel[f * panel_columns + c] = f < d && c < columns ? x[c * ldx + f] : 0;
+    for (Index c = f < whole_d ? whole_columns : 0; c < panel_columns; ++c)
+      panel[f * panel_columns + c] = f < d && c < columns ? x[c * ldx + f] : 0;
 }
 
 inline std::uint16_t round_bits(float x) { return to_bf16(x).bits; }
