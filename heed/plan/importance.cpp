@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 
 #include "heed/base/threads.h"
 #include "heed/kernel/kernels.h"
@@ -14,6 +15,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 // Rows that share a pass over the packed keys: as many as fill the kernels' rows of six, while their scores stay in
 // cache.
 constexpr Index rows_at_once = 48;
+constexpr Index kernel_lanes = 16;  // what kernels read or write beyond a row at most
 
 // Packs `columns` vectors of `width` features per head; read(head, column, row) writes one into a row of zeros.
 template <class Read>
@@ -99,9 +101,12 @@ void FoldedKeys::score(const Queries& queries, const RowBlock& rows, Index kv_he
   const Index width = fold_ * d_, begin = rows.first / fold_, end = ceil_div(rows.first + rows.rows, fold_);
   const Index stride = round_up(end, panel_columns), block = to.block / fold_, query_block = to.query_block / fold_;
   float* q = scratch.take<float>(rows_at_once * width).data();
-  float* scores = scratch.take<float>(rows_at_once * stride).data();
-  for (Index u = 0; u < ceil_div(end - begin, query_block); ++u)
-    std::fill_n(to.out + u * to.stride, ceil_div(end, block), 0.0f);
+  float* scores = scratch.take<float>(rows_at_once * stride + kernel_lanes).data();
+  const Index blocks = ceil_div(end, block), padded = round_up(blocks, kernel_lanes);
+  const Index query_blocks = ceil_div(end - begin, query_block);
+  float *maximum = scratch.take<float>(padded).data(), *sum = scratch.take<float>(padded).data();
+  float* mass = scratch.take<float>(query_blocks * padded).data();
+  std::fill_n(mass, query_blocks * padded, 0.0f);
   for (Index first = begin; first < end; first += rows_at_once) {
     const Index count = std::min(rows_at_once, end - first);
     std::fill_n(q, count * width, 0.0f);
@@ -114,14 +119,13 @@ void FoldedKeys::score(const Queries& queries, const RowBlock& rows, Index kv_he
     kernels().gemm_f32(count, first + count, width, q, width, panels_[static_cast<size_t>(kv_head)].data(), scores,
                        stride, false);
     for (Index i = 0; i < count; ++i) {
-      const float* row = scores + i * stride;
-      float* out = to.out + (first + i - begin) / query_block * to.stride;
-      const Index seen = first + i + 1;
-      float most = -infinity, sum = 0;
-      kernels().log_sum_exp(row, seen, most, sum);
-      for (Index c = 0; c < seen; ++c) out[c / block] += std::exp(row[c] - most) / sum;
+      std::fill_n(maximum, padded, -infinity), std::fill_n(sum, padded, 0.0f);
+      float* sums = block == 1 ? nullptr : sum;
+      kernels().fold_blocks(scores + i * stride, first + i + 1, 0, block, std::numbers::log2e_v<float>, maximum, sums);
+      kernels().weigh_blocks(maximum, sums, padded, nullptr, mass + (first + i - begin) / query_block * padded);
     }
   }
+  for (Index u = 0; u < query_blocks; ++u) std::copy_n(mass + u * padded, blocks, to.out + u * to.stride);
 }
 
 }  // namespace heed
