@@ -298,10 +298,10 @@ TEST_CASE("combiner: the same bits for any number of threads") {
   }
 }
 
-TEST_CASE("combiner's tiles: one per block and one for all regions; a negative scale pools scaled queries") {
+TEST_CASE("combiner's tiles: a block and the regions before it; a negative scale pools scaled queries") {
   const Case c(square(512, 1));
   const Got got = run("combiner:block=64", c.input(true));
-  CHECK(got.stats.tiles_planned == 2 * (4 + 1));
+  CHECK(got.stats.tiles_planned == 8 + 7);
   CHECK(got.stats.tiles_visited == got.stats.tiles_planned);
   // Queries negated and the scale negated: the same scores.
   Case negated = c;

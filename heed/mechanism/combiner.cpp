@@ -57,15 +57,13 @@ Plan plan_fixed(const Inputs& in, Index block) {
   }
   const Index summaries = add_summaries(plan, *summarize(in, plan.sources[0], {}, regions), order, last);
   plan.emit = [=, all = static_cast<Index>(regions.size())](const RowBlock& rows, Tiles& tiles) {
-    // A region is earlier than a query's block when its last token is before the query and the query's block is
-    // another: of the own block only the last query could see the last token, and that is itself.
-    tiles.add(Set::range(0, rows.rows), Set::range(0, causal ? rows.position(rows.rows - 1) / block : all),
-              causal ? Mask::band(-Mask::unbounded, -1) : Mask::full(), summaries);
     for (Index begin = 0, end; begin < rows.rows; begin = end) {
       const Index own = rows.position(begin) / block;
       end = std::min(rows.rows, begin + (own + 1) * block - rows.position(begin));
+      const Set queries = Set::range(begin, end);
+      tiles.add(queries, Set::range(0, causal ? own : all), Mask::full(), summaries);
       const Index columns_end = causal ? rows.position(end - 1) + 1 : (own + 1) * block;
-      tiles.add(Set::range(begin, end), Set::range(own * block, columns_end), causal ? Mask::causal() : Mask::full());
+      tiles.add(queries, Set::range(own * block, columns_end), causal ? Mask::causal() : Mask::full());
     }
   };
   return plan;

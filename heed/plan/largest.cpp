@@ -6,41 +6,64 @@
 #include "heed/base/threads.h"
 
 namespace heed {
+namespace {
+
+bool extends(const BlockRange& region, const BlockRange& before) {
+  return before.size() > 0 && region.begin <= before.begin && before.end <= region.end;
+}
+
+// Where runs of regions begin, and the end: a run is long enough to be a unit of work, and ends where regions no
+// longer grow from each other, if it can.
+std::vector<Index> cut_runs(std::span<const BlockRange> regions) {
+  constexpr Index least = 16, most = 256;
+  const Index count = static_cast<Index>(regions.size());
+  std::vector<Index> cuts{0};
+  for (Index r = least; r < count; ++r) {
+    const Index length = r - cuts.back();
+    const bool grows = extends(regions[static_cast<size_t>(r)], regions[static_cast<size_t>(r) - 1]);
+    if (length >= (grows ? most : least)) cuts.push_back(r);
+  }
+  cuts.push_back(count);
+  return cuts;
+}
+
+// Raises most [d] to factor·x [d].
+void raise(float* most, const float* x, float factor, Index d) {
+  for (Index i = 0; i < d; ++i) {
+    const float y = factor * x[i];
+    most[i] = y > most[i] ? y : most[i];
+  }
+}
+
+}  // namespace
 
 Largest largest_features(const Problem& p, const Queries& queries, const KeyValues& kv, float scale,
                          std::span<const std::int32_t> order, std::span<const BlockRange> regions) {
-  constexpr Index run = 256;
-  const Index count = static_cast<Index>(regions.size()), d = p.D, units = ceil_div(count, run);
+  const Index count = static_cast<Index>(regions.size()), d = p.D;
   const float side = scale < 0 ? -1.0f : 1.0f;
   Largest most{Tensor(DType::f32, {p.B, p.Hq, count, d}), Tensor(DType::f32, {p.B, p.Hq, count, d})};
-  // Keys as rows: a key's features lie apart where they are packed, and a token may be in many regions.
-  Tensor keys(DType::f32, {p.B * p.Hk, p.M, d});
-  const Index pieces = ceil_div(p.M, run);
-  parallel_for(p.B * p.Hk * pieces, [&](Index unit, int) {
-    const Index head = unit / pieces, begin = unit % pieces * run;
-    for (Index j = begin; j < std::min(p.M, begin + run); ++j)
-      kv.read_key(head, j, keys.as<float>() + (head * p.M + j) * d);
-  });
+  const std::vector<Index> cuts = cut_runs(regions);
+  const Index units = static_cast<Index>(cuts.size()) - 1;
   parallel_for(p.B * p.Hq * units, [&](Index unit, int) {
-    const Index head = unit / units, b = head / p.Hq, h = head % p.Hq, first = unit % units * run;
-    const Index end = std::min(count, first + run);
-    const float* key = keys.as<float>() + (b * p.Hk + h / p.group()) * p.M * d;
+    const Index head = unit / units, b = head / p.Hq, h = head % p.Hq;
+    const Index first = cuts[static_cast<size_t>(unit % units)], end = cuts[static_cast<size_t>(unit % units) + 1];
     float *q = most.q.as<float>() + head * count * d, *k = most.k.as<float>() + head * count * d;
-    std::vector<float> row(static_cast<size_t>(d));
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    float* row = scratch.take<float>(d).data();
     BlockRange before;
     for (Index r = first; r < end; ++r) {
       const BlockRange region = regions[static_cast<size_t>(r)];
       const auto fold = [&](Index from, Index to) {
         for (Index rank = from; rank < to; ++rank) {
           const Index token = order.empty() ? rank : order[static_cast<size_t>(rank)];
-          queries.read(b, h, token, row.data());
-          for (Index i = 0; i < d; ++i) {
-            q[r * d + i] = std::max(q[r * d + i], side * row[static_cast<size_t>(i)]);
-            k[r * d + i] = std::max(k[r * d + i], key[token * d + i]);
-          }
+          queries.read(b, h, token, row);
+          raise(q + r * d, row, side, d);
+          kv.read_key(b * p.Hk + h / p.group(), token, row);
+          raise(k + r * d, row, 1, d);
         }
       };
-      if (before.size() > 0 && region.begin <= before.begin && before.end <= region.end) {
+      if (extends(region, before)) {
         std::copy_n(q + (r - 1) * d, d, q + r * d), std::copy_n(k + (r - 1) * d, d, k + r * d);
         fold(region.begin, before.begin), fold(before.end, region.end);
       } else {
