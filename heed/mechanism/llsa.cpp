@@ -46,12 +46,25 @@ void for_runs(const RowBlock& rows, Index width, Visit visit) {
     visit(run, rows_in(rows, run, width));
 }
 
+// The `branch` children of each of the runs `parents` of a level, as columns of the level below, which has `count`.
+Set children_of(std::span<const std::int32_t> parents, Index branch, Index count) {
+  const Index all = static_cast<Index>(parents.size()) * branch;
+  return {0, all - std::max<Index>(0, (parents.back() + 1) * branch - count), parents.data(), branch};
+}
+
 // Level 0, weight 1: the tokens of the blocks that each block of queries chose.
 void emit_chosen(const Pyramid& pyramid, const RowBlock& rows, Tiles& tiles) {
   const auto& [levels, choice, sources, heads] = pyramid;
   const Index block = levels.width(1), head = rows.b * heads + rows.head;
   if (choice.all(1)) {
     tiles.add(Set::range(0, rows.rows), Set::range(0, levels.tokens), Mask::full());
+    return;
+  }
+  // Less than a panel is packed sooner than met by itself.
+  if (block < panel_columns) {
+    for_runs(rows, block, [&](Index a, const Set& own) {
+      tiles.add(own, children_of(choice.of(1, head, a), block, levels.tokens), Mask::full());
+    });
     return;
   }
   Index count = 0;
@@ -99,10 +112,9 @@ void emit_coarse(const Pyramid& pyramid, const RowBlock& rows, bool dedupe, Tile
   for (Index level = 1; level < top; ++level) {
     const Index count = levels.count(level);
     for_runs(rows, levels.width(level + 1), [&](Index parent, const Set& own) {
-      const std::span<const std::int32_t> chosen = choice.of(level + 1, head, parent);
-      Set children{0, static_cast<Index>(chosen.size()) * levels.branch, chosen.data(), levels.branch};
-      children.count = std::min(children.count, children.count - (chosen.back() + 1) * levels.branch + count);
-      if (choice.all(level + 1)) children = Set::range(0, count);
+      const Set children = choice.all(level + 1)
+                               ? Set::range(0, count)
+                               : children_of(choice.of(level + 1, head, parent), levels.branch, count);
       add_coarse(pyramid, rows, level, own, children, dedupe, tiles);
     });
   }
