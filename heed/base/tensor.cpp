@@ -4,6 +4,8 @@
 
 #include <memory>
 
+#include "heed/base/memory.h"
+
 namespace heed {
 
 std::string to_string(const Shape& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
@@ -63,7 +65,10 @@ void read_f32(const void* data, DType dtype, Index stride, Index count, float* o
 
 Tensor::Tensor(DType dtype, Shape shape) : dtype_(dtype), shape_(std::move(shape)) {
   constexpr size_t alignment = 64;
-  storage_.resize(static_cast<size_t>(bytes()) + alignment);
+  const size_t needed = static_cast<size_t>(bytes()) + alignment;
+  storage_.reserve(needed);  // not touched yet
+  ask_for_large_pages(storage_.data(), static_cast<Index>(needed));
+  storage_.resize(needed);
   void* p = storage_.data();
   size_t space = storage_.size();
   data_ = std::align(alignment, static_cast<size_t>(bytes()), p, space);

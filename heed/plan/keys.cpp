@@ -7,6 +7,7 @@
 #include <new>
 
 #include "heed/base/error.h"
+#include "heed/base/memory.h"
 #include "heed/base/scratch.h"
 #include "heed/base/threads.h"
 #include "heed/kernel/kernels.h"
@@ -50,6 +51,10 @@ void KeyValues::append(const TensorView& k, const TensorView& v) {
   const size_t axis = k.shape.size() - 2;  // of tokens
   const Index n = k.shape.at(axis), begin = size_, end = size_ + n;
   if (end > capacity_) fail("tokens = {}, expected at most {} (the capacity of the key-value cache)", end, capacity_);
+  if (begin == 0 && end == capacity_ && n > 0) {  // not a cache that grows
+    ask_for_large_pages(memory_k_.get(), heads_ * head_bytes_k_);
+    ask_for_large_pages(memory_v_.get(), heads_ * head_bytes_v_);
+  }
   const bool paired = layout_.dtype == DType::bf16, rounded = arithmetic_ == DType::bf16;
   const Kernels& kernel = kernels();
   const Index first_panel = begin / panel_columns, panels = n == 0 ? 0 : ceil_div(end, panel_columns) - first_panel;
