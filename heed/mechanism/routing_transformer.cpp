@@ -98,6 +98,7 @@ NamedTensors calibrate(const Params& p, const Inputs& in) {
 // Everything that emit needs, per lane.
 struct Routing {
   Tensor q;                                         // normalised [B, Hq, N, D]
+  Tensor k{DType::f32, {0}};                        // and [B · Hk, M, D], where keys are not the queries
   std::unique_ptr<KeyValues> keys;                  // normalised, packed; per query head where they are the queries
   std::vector<std::vector<std::int32_t>> k_lists;   // [heads of keys][C · key_width]
 };
@@ -119,9 +120,8 @@ Plan plan_routing(const Params& p, const Inputs& in) {
   // Step 1.
   const auto routing = std::make_shared<Routing>();
   routing->q = normalised_queries(in, eps);
-  Tensor k(DType::f32, {0});
-  if (!shared) k = normalised_keys(in, eps);
-  const Tensor& keys = shared ? routing->q : k;
+  if (!shared) routing->k = normalised_keys(in, eps);
+  const Tensor &k = routing->k, &keys = shared ? routing->q : k;
 
   // Steps 2 and 3. One set of centroids for a KV head and its queries (the group's sharing is our choice).
   const std::vector<std::vector<float>> centroids = centroids_of(p, in, routing->q, k);
@@ -147,6 +147,9 @@ Plan plan_routing(const Params& p, const Inputs& in) {
     SourceView& view = views[static_cast<size_t>(head)];
     view = plan.sources[0].views[static_cast<size_t>(shared ? head / problem.group() : head)];
     view.keys = routing->keys->keys(head);
+    if (plan.sources[0].layout.dtype == DType::f32 && plan.sources[0].layout.dp == problem.D &&
+        in.kv->arithmetic() == DType::f32)
+      view.key_rows = reinterpret_cast<const std::byte*>(keys.as<float>() + head * problem.M * problem.D);
   }
   plan.sources[0].views = std::move(views);
   plan.sources[0].per_query_head = shared;

@@ -13,9 +13,12 @@
 namespace heed {
 
 void layer_norm(float* x, Index d, float eps) {
-  double sum = 0;
-  for (Index i = 0; i < d; ++i) sum += static_cast<double>(x[i]);
-  const auto mean = static_cast<float>(sum / static_cast<double>(d));
+  double sums[4] = {};  // chains that run side by side
+  Index at = 0;
+  for (; at + 4 <= d; at += 4)
+    for (Index i = 0; i < 4; ++i) sums[i] += static_cast<double>(x[at + i]);
+  for (; at < d; ++at) sums[0] += static_cast<double>(x[at]);
+  const auto mean = static_cast<float>((sums[0] + sums[1] + sums[2] + sums[3]) / static_cast<double>(d));
   for (Index i = 0; i < d; ++i) x[i] -= mean;
   auto square = static_cast<double>(kernels().dot(x, x, d));
   if (!std::isfinite(square)) {  // beyond f32
@@ -79,8 +82,11 @@ std::vector<std::vector<std::int32_t>> gather_clusters(const KeyValues& x,
   const Index clusters = static_cast<Index>(centroids[0].size()) / d;
   std::vector<std::vector<std::int32_t>> lists(static_cast<size_t>(heads));
   for (auto& list : lists) list.resize(static_cast<size_t>(clusters * width));
-  // As many centroids as one pass over the vectors serves.
-  const Index at_once = kernels().row_step, units = ceil_div(clusters, at_once), stride = round_up(n, panel_columns);
+  // The vectors come from afar and are read once for so many centroids, whose scores stay nearer; an even number of
+  // units, for few heads.
+  const Index most = 4 * kernels().row_step;
+  const Index at_once = ceil_div(clusters, round_up(ceil_div(clusters, most), Index{2}));
+  const Index units = ceil_div(clusters, at_once), stride = round_up(n, panel_columns);
   parallel_for(heads * units, [&](Index unit, int) {
     const Index head = unit / units, first = unit % units * at_once, rows = std::min(at_once, clusters - first);
     Scratch& scratch = thread_scratch();
