@@ -261,6 +261,7 @@ TEST_CASE("flash-moba keeps no score of every query and block") {
     const Plan plan = plan_of(MechanismCall::parse("flash-moba:block=16"), c.input(causal));
     reset_scratch_peak();
     const Got got = run(plan);
+    // One row block at a time: 1024 rows, as a head alone leaves eight of them.
     const Index lists = 1024 * 8 * 4, state = 1024 * (16 + 16 + 2) * 4, scores = 48 * 512 * 4;  // bytes
     CHECK(got.stats.scratch_bytes < 3 * (lists + state + scores));
     CHECK(got.stats.scratch_bytes < 8192 * 512 * 4 / 10);

@@ -1,6 +1,7 @@
 #include "heed/mechanism/block_router.h"
 
 #include <algorithm>
+#include <bit>
 #include <memory>
 
 #include "heed/plan/choice.h"
@@ -42,9 +43,11 @@ void route_blocks(const BlockRouter& router, const Inputs& in, const Documents& 
   const Problem problem = in.problem;
   const bool causal = problem.causal;
   const Index k = std::min(causal ? router.top_k - 1 : router.top_k, most);
-  // Rows that chose a block share its panels: about rows · k / most of them, of which fewer than 64 would cost more
-  // than rows whose state just leaves the second-level cache.
-  plan.cut_rows_every(most > 16 * k ? 2048 : 1024);
+  // Rows that chose a block share its panels: about rows · k / most of them. Fewer than a hundred cost more than rows
+  // whose state leaves the second-level cache; but few heads leave some row blocks to share among threads.
+  const Index sharing = 128 * most / std::max<Index>(1, k), spread = problem.B * problem.Hq * problem.N / 8;
+  const Index rows_at_once = std::clamp<Index>(std::min(sharing, spread), 1024, 4096);
+  plan.cut_rows_every(static_cast<Index>(std::bit_floor(static_cast<std::uint64_t>(rows_at_once))));
   const auto means = std::make_shared<Summary>(k == 0 ? Summary{} : mean_of_blocks(router, in, *blocks));
   plan.keep.push_back(blocks), plan.keep.push_back(means);
 
