@@ -55,11 +55,14 @@ Largest largest_features(const Problem& p, const Queries& queries, const KeyValu
     for (Index r = first; r < end; ++r) {
       const BlockRange region = regions[static_cast<size_t>(r)];
       const auto fold = [&](Index from, Index to) {
+        const Index kv_head = b * p.Hk + h / p.group();
+        if (order.empty()) max_columns(kv.layout(), kv.keys(kv_head), from, to, k + r * d);
         for (Index rank = from; rank < to; ++rank) {
           const Index token = order.empty() ? rank : order[static_cast<size_t>(rank)];
           queries.read(b, h, token, row);
           raise(q + r * d, row, side, d);
-          kv.read_key(b * p.Hk + h / p.group(), token, row);
+          if (order.empty()) continue;
+          kv.read_key(kv_head, token, row);
           raise(k + r * d, row, 1, d);
         }
       };
