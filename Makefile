@@ -5,6 +5,7 @@
 #                   MODEL=smollm2|gemma3, TOKENS=n
 #   make test       everything that takes minutes; test-full adds every golden row
 #   make bench      what the machine can do, and how much of it the kernels reach
+#   make bars       every planner's time against the bound it must meet: minutes on a quiet machine
 #   make lint       format, warnings, clang-tidy; make format rewrites the sources
 #   make docs       docs/systems.md, from what the command says of its mechanisms
 #   make sanitize   the tests under the address and undefined-behaviour sanitizers
@@ -58,6 +59,10 @@ test-full: build
 bench: build
 	build/bin/heed bench peak
 	build/bin/heed bench attend
+
+.PHONY: bars
+bars: build
+	scripts/bars.py --json build/bars.json
 
 # The kernels' intrinsics are not clang-tidy's business; the compiler's warnings cover them.
 .PHONY: lint
