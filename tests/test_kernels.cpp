@@ -10,40 +10,78 @@ using namespace heed::test;
 
 namespace {
 
-// One attention task with its own memory; T is float or bf16.
-template <class T>
+// What a kernel multiplies, and what its panels hold.
+template <class ProductType, class StoredType>
+struct Kind {
+  using Product = ProductType;
+  using Stored = StoredType;
+};
+
+/// Calls body(table, Kind{}) with every kind of attention that a table has.
+template <class Body>
+void for_all(Body body) {
+  for_each_table([&](const Kernels& k) {
+    body(k, Kind<float, float>{});
+    body(k, Kind<float, std::int8_t>{});
+    CHECK((k.attend_wide_bf16 == nullptr) == k.bf16_dot);
+    if (k.bf16_dot) body(k, Kind<bf16, bf16>{});
+    else body(k, Kind<float, bf16>{});
+  });
+}
+
+// One attention task with its own memory.
+template <class K>
 struct Bench {
-  static constexpr bool paired = sizeof(T) == 2;
+  using T = typename K::Product;
+  using Stored = typename K::Stored;
+  static constexpr bool coarse = sizeof(T) == 2, paired = sizeof(Stored) == 2, whole = sizeof(Stored) == 1;
   const Kernels& kernel;
   Index d, dv, dp, dvp, block_rows, panels;
   std::vector<float> q, k, v;  // as numbers: [block_rows, d], [columns, d], [columns, dv]
-  std::vector<T> q_packed, k_packed, v_packed;
-  std::vector<float> m, l, acc;
+  std::vector<T> q_packed;
+  std::vector<Stored> k_packed, v_packed;
+  std::vector<float> m, l, acc, key_scale, value_scale;
 
   Bench(const Kernels& table, Index features, Index value_features, Index rows, Index panel_count, double amplitude = 1)
       : kernel(table), d(features), dv(value_features), dp(paired ? up_to(features, table.key_step) : features),
         dvp(up_to(value_features, 16)), block_rows(rows), panels(panel_count) {
     const Index columns = panels * 64;
-    q = normals(rows * d, paired);
+    q = normals(rows * d, coarse);
     k = normals(columns * d, paired);
     v = normals(columns * dv, paired);
-    for (float& x : q) x = static_cast<float>(paired ? nearest_bf16(x * amplitude) : x * amplitude);
+    for (float& x : q) x = static_cast<float>(coarse ? nearest_bf16(x * amplitude) : x * amplitude);
+    std::vector<float> k_whole = k, v_whole = v;
+    if (whole) {
+      key_scale = make_whole(k, k_whole, d);
+      value_scale = make_whole(v, v_whole, dv);
+    }
     q_packed.assign(static_cast<size_t>(rows * dp), T{});
-    k_packed.assign(static_cast<size_t>(panels * 64 * dp), T{});
-    v_packed.assign(static_cast<size_t>(columns * dvp), T{});
+    k_packed.assign(static_cast<size_t>(panels * 64 * dp), Stored{});
+    v_packed.assign(static_cast<size_t>(columns * dvp), Stored{});
     for (Index i = 0; i < rows; ++i)
       for (Index f = 0; f < d; ++f) put(q_packed, i * dp + f, q[static_cast<size_t>(i * d + f)]);
     for (Index j = 0; j < columns; ++j) {
       const Index p = j / 64, c = j % 64;
       for (Index f = 0; f < d; ++f)
         put(k_packed, paired ? ((p * dp / 2 + f / 2) * 64 + c) * 2 + f % 2 : (p * dp + f) * 64 + c,
-            k[static_cast<size_t>(j * d + f)]);
+            k_whole[static_cast<size_t>(j * d + f)]);
       for (Index e = 0; e < dv; ++e)
-        put(v_packed, paired ? (j / 2 * dvp + e) * 2 + j % 2 : j * dvp + e, v[static_cast<size_t>(j * dv + e)]);
+        put(v_packed, paired ? (j / 2 * dvp + e) * 2 + j % 2 : j * dvp + e, v_whole[static_cast<size_t>(j * dv + e)]);
     }
     m.assign(static_cast<size_t>(rows), -inf);
     l.assign(static_cast<size_t>(rows), 0);
     acc.assign(static_cast<size_t>(rows * dvp), 0);
+  }
+
+  // Whole numbers of random size, and what they stand for: times a scale of the row of `width`, which is returned.
+  static std::vector<float> make_whole(std::vector<float>& x, std::vector<float>& whole_numbers, Index width) {
+    std::vector<float> scales;
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (i % static_cast<size_t>(width) == 0) scales.push_back(std::fabs(normal()) / 60);
+      whole_numbers[i] = std::fmax(-127.0f, std::fmin(127.0f, std::nearbyint(x[i] * 50)));
+      x[i] = whole_numbers[i] * scales.back();
+    }
+    return scales;
   }
 
   PanelTask task() {
@@ -51,21 +89,25 @@ struct Bench {
     t.rows = block_rows;
     t.q = q_packed.data();
     t.m = m.data(), t.l = l.data(), t.acc = acc.data();
-    t.layout = {paired ? DType::bf16 : DType::f32, d, dv, dp, dvp};
+    t.layout = {
+        paired ? DType::bf16 : whole ? DType::i8 : DType::f32, d, dv, dp, dvp, coarse ? DType::bf16 : DType::f32};
+    if (whole) t.key_scale = key_scale.data(), t.value_scale = value_scale.data();
     t.k = k_packed.data(), t.v = v_packed.data();
     t.panels = panels;
     t.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
     return t;
   }
   void run(const PanelTask& t) {
-    if constexpr (paired) kernel.attend_bf16(t);
+    if constexpr (coarse) kernel.attend_bf16(t);
+    else if constexpr (paired) kernel.attend_wide_bf16(t);
+    else if constexpr (whole) kernel.attend_wide_i8(t);
     else kernel.attend_f32(t);
   }
 
   /// score(row, column) = -infinity where the pair does not exist.
   using Score = std::function<double(Index row, Index column, double product)>;
   void check(const Score& score) const {
-    const double tolerance = paired ? 1e-2 : 2e-5;
+    const double tolerance = coarse ? 1e-2 : 2e-5;
     double worst = 0, worst_lse = 0, largest = 0;
     std::vector<double> want(static_cast<size_t>(dv));
     for (Index i = 0; i < block_rows; ++i) {
@@ -100,9 +142,10 @@ struct Bench {
         worst = std::max(worst, std::isnan(got) ? 1e9 : std::fabs(got - w));
       }
     }
-    CHECK_MESSAGE(worst <= tolerance * largest, kernel.name, paired ? " bf16" : " f32", " d ", d, " dv ", dv, " rows ",
-                  block_rows, " panels ", panels, ": o off by ", worst, " of ", largest);
-    CHECK_MESSAGE(worst_lse <= (paired ? 1e-4 : 2e-5), kernel.name, " lse off by ", worst_lse);
+    CHECK_MESSAGE(worst <= tolerance * largest, kernel.name, coarse ? " bf16" : " f32", " stored in ", sizeof(Stored),
+                  " bytes, d ", d, " dv ", dv, " rows ", block_rows, " panels ", panels, ": o off by ", worst, " of ",
+                  largest);
+    CHECK_MESSAGE(worst_lse <= (coarse ? 1e-4 : 2e-5), kernel.name, " lse off by ", worst_lse);
   }
 };
 
@@ -125,7 +168,7 @@ TEST_CASE("the instruction sets are distinct and the default is one of them") {
 }
 
 TEST_CASE("attend: plain scores over any sizes") {
-  for_both([](const Kernels& k, auto kind) {
+  for_all([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
     for (const Index d : {1, 7, 16, 33, 64, 80, 128, 256, 512})
       for (const Index rows : {1, 5, 6, 7, 33, 48}) {
@@ -139,7 +182,7 @@ TEST_CASE("attend: plain scores over any sizes") {
 }
 
 TEST_CASE("attend: masks, row lists and rows that see nothing") {
-  for_both([](const Kernels& k, auto kind) {
+  for_all([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
     for (const Index rows : {1, 4, 13, 40})
       for (const Index panels : {1, 2, 3, 4})
@@ -173,7 +216,7 @@ TEST_CASE("attend: masks, row lists and rows that see nothing") {
 }
 
 TEST_CASE("attend: first_row, and one call after another") {
-  for_both([](const Kernels& k, auto kind) {
+  for_all([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
     B b(k, 48, 40, 20, 4, 6.0);
     // Panel by panel, rows 3 … 16 only; large scores, so the maximum moves between calls.
@@ -182,6 +225,7 @@ TEST_CASE("attend: first_row, and one call after another") {
       t.first_row = 3, t.rows = 14, t.panels = 1;
       t.k = b.k_packed.data() + p * 64 * b.dp;
       t.v = b.v_packed.data() + p * 64 * b.dvp;
+      if (B::whole) t.key_scale += p * 64, t.value_scale += p * 64;
       b.run(t);
     }
     const double scale = b.task().scale;
@@ -190,7 +234,7 @@ TEST_CASE("attend: first_row, and one call after another") {
 }
 
 TEST_CASE("attend: soft caps and addends") {
-  for_both([](const Kernels& k, auto kind) {
+  for_all([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
     for (const Index rows : {1, 7, 20})
       for (const float softcap : {0.0f, 1.5f, 30.0f})
@@ -223,7 +267,7 @@ TEST_CASE("attend: gates spread the weights of landmarks over their groups") {
     Index begin;
     std::vector<Index> gates;
   };
-  for_both([](const Kernels& k, auto kind) {
+  for_all([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
     for (const Layout& groups : {Layout{0, {50, 101, 152}}, Layout{13, {64, 130, 191}}, Layout{40, {95}},
                                  Layout{0, {191}}, Layout{64, {66, 70, 75, 81, 98, 113, 114}}, Layout{3, {64, 65}}})
@@ -273,7 +317,7 @@ TEST_CASE("attend: gates spread the weights of landmarks over their groups") {
 }
 
 TEST_CASE("attend: a row's bits do not depend on its company") {
-  for_both([](const Kernels& k, auto kind) {
+  for_all([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;
     B all(k, 40, 24, 29, 4);
     std::vector<std::uint64_t> words(29 * 4);
@@ -290,5 +334,34 @@ TEST_CASE("attend: a row's bits do not depend on its company") {
     CHECK(same_bits(all.m, one.m));
     CHECK(same_bits(all.l, one.l));
     CHECK(same_bits(all.acc, one.acc));
+  });
+}
+
+TEST_CASE("attend: panels of bf16 give the bits that their numbers give as f32") {
+  for_each_table([](const Kernels& k) {
+    if (k.bf16_dot) return;
+    for (const Index rows : {1, 2, 3, 4, 5, 6, 9, 48})
+      for (const auto& [d, dv] : {std::pair<Index, Index>{64, 64}, {33, 20}, {128, 80}})
+        for (const bool masked : {false, true}) {
+          Bench<Kind<float, bf16>> narrow(k, d, dv, rows, 4);
+          Bench<Kind<float, float>> wide(k, d, dv, rows, 4);
+          std::vector<std::uint64_t> words(static_cast<size_t>(rows * 4));
+          for (std::uint64_t& w : words) w = random_bits();
+          wide.q_packed.assign(wide.q_packed.size(), 0);
+          for (Index i = 0; i < rows; ++i)
+            for (Index f = 0; f < d; ++f) put(wide.q_packed, i * wide.dp + f, narrow.q[static_cast<size_t>(i * d + f)]);
+          for (Index j = 0; j < 256; ++j) {
+            for (Index f = 0; f < d; ++f)
+              put(wide.k_packed, (j / 64 * wide.dp + f) * 64 + j % 64, narrow.k[static_cast<size_t>(j * d + f)]);
+            for (Index e = 0; e < dv; ++e)
+              put(wide.v_packed, j * wide.dvp + e, narrow.v[static_cast<size_t>(j * dv + e)]);
+          }
+          PanelTask a = narrow.task(), b = wide.task();
+          if (masked) a.words = b.words = words.data();
+          narrow.run(a), wide.run(b);
+          CHECK(same_bits(narrow.m, wide.m));
+          CHECK(same_bits(narrow.l, wide.l));
+          CHECK(same_bits(narrow.acc, wide.acc));
+        }
   });
 }

@@ -379,7 +379,7 @@ TEST_CASE("a cache that grew in pieces holds what it was given at once") {
           for (Index j = 0; j < cache.size(); ++j)
             for (Index d = 0; d < cache.layout().dp; ++d) {
               const double want = d < 33 ? c.k_at(0, h, j, d) : 0;
-              if (cache.layout().dtype == DType::f32)
+              if (cache.layout().product == DType::f32)
                 wrong += reinterpret_cast<const float*>(rows.row(h, j))[d] != want;
               else wrong += to_f32(reinterpret_cast<const bf16*>(rows.row(h, j))[d]) != want;
             }

@@ -59,7 +59,8 @@ void read_f32(const void* data, DType dtype, Index stride, Index count, float* o
       return;
     }
     case DType::i32:
-    case DType::u8: fail("dtype = {}, expected f32, f16 or bf16", name_of(dtype));
+    case DType::u8:
+    case DType::i8: fail("dtype = {}, expected f32, f16 or bf16", name_of(dtype));
   }
 }
 

@@ -11,8 +11,8 @@ namespace heed {
 /// Counts and offsets of tokens, rows, elements. Signed, so differences are safe.
 using Index = std::int64_t;
 
-/// Element types of tensors that callers hand over.
-enum class DType : std::uint8_t { f32, f16, bf16, i32, u8 };
+/// Element types of tensors that callers hand over, and i8, in which packed keys and values may be kept.
+enum class DType : std::uint8_t { f32, f16, bf16, i32, u8, i8 };
 
 /// Bytes of one element.
 constexpr Index size_of(DType t) {
@@ -21,7 +21,8 @@ constexpr Index size_of(DType t) {
     case DType::i32: return 4;
     case DType::f16:
     case DType::bf16: return 2;
-    case DType::u8: return 1;
+    case DType::u8:
+    case DType::i8: return 1;
   }
   return 0;
 }
@@ -34,6 +35,7 @@ constexpr std::string_view name_of(DType t) {
     case DType::bf16: return "bf16";
     case DType::i32: return "i32";
     case DType::u8: return "u8";
+    case DType::i8: return "i8";
   }
   return "?";
 }

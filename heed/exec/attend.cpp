@@ -52,10 +52,7 @@ class AttendPanels final : public PanelWork {
     const PanelLayout& layout = plan_.sources[static_cast<size_t>(tile.source)].layout;
     return gather_columns(layout, view, tile.columns, from, count, scratch);
   }
-  void meet(const Rows&, const Tile&, const PanelTask& task, const Place&, Scratch&) override {
-    if (task.layout.dtype == DType::bf16) kernels().attend_bf16(task);
-    else kernels().attend_f32(task);
-  }
+  void meet(const Rows&, const Tile&, const PanelTask& task, const Place&, Scratch&) override { attend_panels(task); }
 
  private:
   const Plan& plan_;
@@ -107,7 +104,8 @@ AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
 AttendStats& AttendStats::operator+=(const AttendStats& o) {
   tiles_planned += o.tiles_planned, tiles_visited += o.tiles_visited, panels_visited += o.panels_visited;
   pairs += o.pairs, pairs_computed += o.pairs_computed;
-  rows_visited += o.rows_visited, columns_gathered += o.columns_gathered, panels_read += o.panels_read;
+  bytes_read += o.bytes_read, rows_visited += o.rows_visited, columns_gathered += o.columns_gathered,
+      panels_read += o.panels_read;
   scratch_bytes = std::max(scratch_bytes, o.scratch_bytes);
   plan_s += o.plan_s, attend_s += o.attend_s;
   return *this;

@@ -15,6 +15,7 @@ struct AttendStats {
   Index rows_visited = 0;    // (row, chunk of 256 columns) pairs, each of which takes up a row's query and state
   Index columns_gathered = 0;  // listed columns that were packed first, by every row block that lists them
   Index panels_read = 0;     // panels of keys and values that row blocks fetched; their sub-blocks share them
+  Index bytes_read = 0;      // of these panels, as they are stored
   Index scratch_bytes = 0;   // most scratch in use at once, all threads
   double plan_s = 0, attend_s = 0;  // wall seconds: deciding (emit included), and attending
 

@@ -11,7 +11,7 @@ namespace {
 
 struct Entry {
   std::string_view isa;
-  CostModel f32, bf16;  // by what is stored in panels
+  CostModel f32, bf16;  // by what is multiplied
 };
 
 // avx2 and portable are fitted on one core of a Zen 3 (peaks 101 and 38 GF/s), to hand-made plans of 48 … 960 rows,
@@ -34,7 +34,7 @@ constexpr CostModel avx512{.product = 1.09, .exponential = 22, .row = 600, .row_
 constexpr CostModel avx512_bf16{.product = 1.15, .exponential = 40, .row = 1200, .row_feature = 100, .gather = 100};
 constexpr CostModel amx{.product = 1.25, .exponential = 500, .row = 0, .row_feature = 460, .gather = 245};
 
-// Where bf16 has no product of its own it is stored and multiplied as f32.
+// Where bf16 has no product of its own it is multiplied as f32.
 constexpr std::array<Entry, 5> models{{
     {"portable", portable, portable},
     {"avx2", avx2, avx2},
@@ -57,8 +57,8 @@ Cost cost_of(const Plan& plan, const AttendStats& counted, const Machine& machin
   if (!(machine.f32_flops > 0)) fail("machine: f32_flops = {}, expected > 0", machine.f32_flops);
   const Problem& p = plan.problem;
   const PanelLayout& layout = plan.sources.at(0).layout;
-  const CostModel& m = cost_model(machine.isa.empty() ? kernels().name : machine.isa, layout.dtype);
-  const double peak = layout.dtype == DType::bf16 && machine.bf16_flops > 0 ? machine.bf16_flops : machine.f32_flops;
+  const CostModel& m = cost_model(machine.isa.empty() ? kernels().name : machine.isa, layout.product);
+  const double peak = layout.product == DType::bf16 && machine.bf16_flops > 0 ? machine.bf16_flops : machine.f32_flops;
 
   const double pairs = number(counted.pairs_computed), rows = number(counted.rows_visited);
   const double column_bytes = number((layout.dp + layout.dvp) * size_of(layout.dtype));

@@ -57,11 +57,11 @@ void ask_for(const void* data, Index bytes) {
   for (Index at = 0; at < bytes; at += line) __builtin_prefetch(static_cast<const std::byte*>(data) + at);
 }
 
-// Packs listed keys from rows. Two bf16 features move together, like one f32: that is how panels hold them.
+// Packs listed keys from rows, which are in the type of products.
 void pack_key_rows(const PanelLayout& layout, const SourceView& view, std::span<const std::int32_t> members, void* keys,
                    Scratch& scratch) {
   const Scratch::Mark mark(scratch);
-  const Index bytes = layout.dp * size_of(layout.dtype), width = bytes / Index{sizeof(float)};
+  const Index bytes = layout.dp * size_of(layout.product), width = bytes / Index{sizeof(float)};
   float* rows = scratch.take<float>(panel_columns * width).data();
   constexpr Index ahead = 12;  // rows lie far apart
   const Index count = static_cast<Index>(members.size());
@@ -72,8 +72,25 @@ void pack_key_rows(const PanelLayout& layout, const SourceView& view, std::span<
       if (i + ahead < count) ask_for(row(i + ahead), bytes);
       std::memcpy(rows + (i - first) * width, row(i), static_cast<size_t>(bytes));
     }
-    kernels().pack_keys_f32(rows, width, columns, width, width, static_cast<float*>(keys) + first * width);
+    if (layout.dtype == DType::bf16 && layout.product == DType::f32)
+      kernels().pack_keys_bf16(rows, width, columns, width, width, static_cast<bf16*>(keys) + first * width);
+    else  // two bf16 features move together, like one f32: that is how panels hold them
+      kernels().pack_keys_f32(rows, width, columns, width, width, static_cast<float*>(keys) + first * width);
   }
+}
+
+// Keys of i8, and their values, widened to f32.
+void widen_keys(const PanelLayout& layout, const SourceView& view, Index column, Index run, float* keys, Index to) {
+  const auto* k = static_cast<const std::int8_t*>(view.keys) + layout.key_offset(column, 0);
+  float* out = keys + layout.key_offset(to, 0);
+  for (Index f = 0; f < layout.dp; ++f, k += panel_columns, out += panel_columns)
+    for (Index c = 0; c < run; ++c) out[c] = static_cast<float>(k[c]) * view.key_scale[column + c];
+}
+void widen_values(const PanelLayout& layout, const SourceView& view, Index column, Index run, float* values, Index to) {
+  const auto* v = static_cast<const std::int8_t*>(view.values) + layout.value_offset(column, 0);
+  float* out = values + layout.value_offset(to, 0);
+  for (Index c = 0; c < run; ++c, v += layout.dvp, out += layout.dvp)
+    for (Index e = 0; e < layout.dvp; ++e) out[e] = static_cast<float>(v[e]) * view.value_scale[column + c];
 }
 
 template <class T>
@@ -96,6 +113,13 @@ void gather(const PanelLayout& layout, const SourceView& view, std::span<const s
     const Index column = member(i);
     const Index most = std::min({count - i, panel_columns - column % panel_columns, panel_columns - i % panel_columns});
     for (run = 1; run < most && member(i + run) == column + run;) ++run;
+    if constexpr (sizeof(T) == 4) {
+      if (layout.dtype == DType::i8) {
+        if (!by_rows) widen_keys(layout, view, column, run, keys, i);
+        widen_values(layout, view, column, run, values, i);
+        continue;
+      }
+    }
     if (short_runs && i + ahead < count)
       ask_for(static_cast<const T*>(view.values) + layout.value_offset(member(i + ahead), 0),
               run * layout.dvp * Index{sizeof(T)});

@@ -6,7 +6,7 @@
 namespace heed {
 
 /// Packs members [from, from + count) of `columns` (count <= chunk_columns) into panels of their own
-/// in scratch, with their log-weights, positions and visibility.
+/// in scratch, in the layout of copies, with their log-weights, positions and visibility.
 SourceView gather_columns(const PanelLayout& layout, const SourceView& view, const Set& columns, Index from,
                           Index count, Scratch& scratch);
 

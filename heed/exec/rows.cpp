@@ -16,7 +16,7 @@ Rows load_rows(const Plan& plan, const RowBlock& block, Index heads, const Panel
   std::fill_n(rows.l, count, 0.0f);
   std::fill_n(rows.acc, count * layout.dvp, 0.0f);
 
-  const Index bytes = dp * size_of(layout.dtype);
+  const Index bytes = dp * size_of(layout.product);
   auto* q = scratch.take<std::byte>(count * bytes).data();
   for (Index i = 0; i < count; ++i)
     plan.queries.read_packed(layout, block.b, rows.head_of(i), block.token(rows.row_of(i)), q + i * bytes);

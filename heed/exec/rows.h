@@ -10,7 +10,7 @@ namespace heed {
 struct Rows {
   RowBlock block;
   Index heads = 1;
-  void* q = nullptr;  // [count, dp] in the panels' type
+  void* q = nullptr;  // [count, dp] in the layout's product type
   float *m = nullptr, *l = nullptr, *acc = nullptr;  // [count], [count], [count, dvp]
 
   Index count() const { return heads * block.rows; }

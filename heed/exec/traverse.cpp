@@ -14,6 +14,8 @@ namespace {
 // Rows that share one look at a chunk: enough to amortise a call, few enough for a tight diagonal.
 constexpr Index sub_block = 48;
 constexpr Index chunk_panels = chunk_columns / panel_columns;
+// More rows than these share panels that were widened for them; fewer are served by kernels that widen as they read.
+constexpr Index few_rows = 12;
 
 // Bits [from, to) of a 64-bit word.
 std::uint64_t bit_range(Index from, Index to) {
@@ -31,6 +33,41 @@ std::uint64_t bits_at(const std::uint64_t* row, Index words, Index from) {
 }
 
 bool has_bit(const std::uint64_t* words, Index i) { return ((words[i / 64] >> (i % 64)) & 1) != 0; }
+
+// The panels of one chunk widened to f32, each when the first sub-block meets it.
+class WidePanels {
+ public:
+  /// Panels from `first` of a view on, for `rows` rows.
+  WidePanels(const PanelLayout& layout, Index rows, Index first, Scratch& scratch)
+      : layout_(layout), first_(first),
+        wanted_(rows > few_rows && layout.product == DType::f32 && layout.dtype != DType::f32) {
+    if (!wanted_) return;
+    keys_ = scratch.take<float>(chunk_panels * layout_.panel_elements()).data();
+    values_ = scratch.take<float>(chunk_panels * panel_columns * layout_.dvp).data();
+  }
+  bool wanted() const { return wanted_; }
+  /// Lets the task read panels [begin, end) of the view widened.
+  void show(const SourceView& view, Index begin, Index end, PanelTask& task) {
+    const Index key_size = layout_.panel_elements(), value_size = panel_columns * layout_.dvp;
+    const Index element = size_of(layout_.dtype);
+    for (Index p = begin; p < end; ++p) {
+      bool& done = done_[p - first_];
+      if (done) continue;
+      widen_panels(layout_, static_cast<const std::byte*>(view.keys) + p * key_size * element,
+                   static_cast<const std::byte*>(view.values) + p * value_size * element, 1,
+                   keys_ + (p - first_) * key_size, values_ + (p - first_) * value_size);
+      done = true;
+    }
+    task.layout = {DType::f32, layout_.d, layout_.dv, layout_.dp, layout_.dvp};
+    task.k = keys_ + (begin - first_) * key_size, task.v = values_ + (begin - first_) * value_size;
+  }
+
+ private:
+  PanelLayout layout_;
+  Index first_;  // panel of the view
+  bool wanted_, done_[chunk_panels] = {};
+  float *keys_ = nullptr, *values_ = nullptr;
+};
 
 }  // namespace
 
@@ -62,6 +99,7 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
   const Index head = source.per_query_head ? rows.block.b * problem.Hq + rows.block.head
                                            : rows.block.b * problem.Hk + rows.block.kv_head;
   const SourceView& view = source.views[static_cast<size_t>(head)];
+  const PanelLayout& layout = source.layout;
 
   // Which rows: a run of ranks where it can be, else a list.
   Extent extent;
@@ -124,7 +162,7 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
       const SourceView piece = work_ == nullptr ? describe_columns(view, tile.columns, from, count, scratch_)
                                                 : work_->take_up(rows, tile, view, from, count, scratch_);
       stats.columns_gathered += count;
-      run_chunk(rows, tile, extent, piece, from, from, from + count, stats);
+      run_chunk(rows, tile, extent, piece, layout.of_copies(), from, from, from + count, stats);
       if (work_ != nullptr) work_->put_back(rows, tile, from, count);
     }
     return;
@@ -136,28 +174,29 @@ void Traversal::run_tile(const Rows& rows, const Tile& tile, AttendStats& stats)
       const Index base = begin / panel_columns * panel_columns, most = std::min(end, base + chunk_columns);
       for (stop = most; stop > begin && !has_bit(view.gates, stop - 1);) --stop;
       if (stop == begin) fail("columns from {} on: no gate before {}, expected a group to fit", begin, most);
-      if (mine(base)) run_chunk(rows, tile, extent, view, first, begin - first, stop - first, stats);
+      if (mine(base)) run_chunk(rows, tile, extent, view, layout, first, begin - first, stop - first, stats);
     }
     return;
   }
   // Chunks stand at absolute columns, so that a row's bits do not depend on where a tile begins.
   for (Index chunk = first / chunk_columns * chunk_columns; chunk < end; chunk += chunk_columns)
     if (mine(chunk))
-      run_chunk(rows, tile, extent, view, first, std::max(first, chunk) - first,
+      run_chunk(rows, tile, extent, view, layout, first, std::max(first, chunk) - first,
                 std::min(end, chunk + chunk_columns) - first, stats);
 }
 
 // Columns [from, to) of the tile (ranks); rank r is column columns_first + r of the view (for a
 // gathered piece: r - from).
 void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& extent, const SourceView& view,
-                          Index columns_first, Index from, Index to, AttendStats& stats) {
-  const PanelLayout& layout = plan_.sources[static_cast<size_t>(tile.source)].layout;
+                          const PanelLayout& layout, Index columns_first, Index from, Index to, AttendStats& stats) {
   const Index element = size_of(layout.dtype);
   const Index origin = tile.columns.contiguous() ? -columns_first : from;  // rank of the view's column 0
   const Rule& rule = plan_.rule;
   const bool bits = tile.mask.kind == Mask::Kind::bits;
   const bool additive = !rule.plain() || view.log_weight != nullptr;
   std::uint64_t words[sub_block * chunk_panels], gates[chunk_panels] = {};
+  const Scratch::Mark chunk_mark(scratch_);
+  WidePanels wide(layout, extent.rows, (from - origin) / panel_columns, scratch_);
   Index read_first = std::numeric_limits<Index>::max(), read_end = 0;  // panels that some sub-block meets
 
   for (Index r0 = 0; r0 < extent.rows; r0 += sub_block) {
@@ -234,6 +273,11 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     const Scratch::Mark mark(scratch_);
     task.k = static_cast<const std::byte*>(view.keys) + panel0 * layout.panel_elements() * element;
     task.v = static_cast<const std::byte*>(view.values) + panel0 * panel_columns * layout.dvp * element;
+    if (wide.wanted()) wide.show(view, panel0, panel1, task);
+    if (layout.dtype == DType::i8) {
+      task.key_scale = view.key_scale + panel0 * panel_columns;
+      task.value_scale = view.value_scale + panel0 * panel_columns;
+    }
     if (additive) {
       const Index columns = task.panels * panel_columns;
       const bool per_row = !rule.alibi.empty() || !rule.bias.empty();
@@ -247,7 +291,8 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
     }
     work_->meet(rows, tile, task, {view, panel0, origin}, scratch_);
   }
-  stats.panels_read += std::max<Index>(0, read_end - read_first);
+  const Index read = std::max<Index>(0, read_end - read_first);
+  stats.panels_read += read, stats.bytes_read += read * layout.panel_bytes();
 }
 
 }  // namespace heed

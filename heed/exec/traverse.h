@@ -18,8 +18,8 @@ struct Place {
 class PanelWork {
  public:
   virtual ~PanelWork() = default;
-  /// Members [from, from + count) of a listed tile's columns, packed as a view of their own, which the tasks up to
-  /// put_back() mean.
+  /// Members [from, from + count) of a listed tile's columns, packed as a view of their own in the layout of copies,
+  /// which the tasks up to put_back() mean.
   virtual SourceView take_up(const Rows& rows, const Tile& tile, const SourceView& view, Index from, Index count,
                              Scratch& scratch) = 0;
   virtual void put_back(const Rows&, const Tile&, Index /*from*/, Index /*count*/) {}
@@ -41,8 +41,8 @@ class Traversal {
  private:
   struct Extent;  // what a tile's rows see
   void run_tile(const Rows& rows, const Tile& tile, AttendStats& stats);
-  void run_chunk(const Rows& rows, const Tile& tile, const Extent& extent, const SourceView& view, Index columns_first,
-                 Index from, Index to, AttendStats& stats);
+  void run_chunk(const Rows& rows, const Tile& tile, const Extent& extent, const SourceView& view,
+                 const PanelLayout& layout, Index columns_first, Index from, Index to, AttendStats& stats);
   bool mine(Index column) const { return column / chunk_columns / split_chunks_ == split_; }
 
   const Plan& plan_;

@@ -116,10 +116,63 @@ const Kernels& kernels() {
 
 void select_isa(const std::string& name) { in_use = &find_isa(name, "isa"); }
 
-PanelLayout panel_layout(DType arithmetic, Index d, Index dv) {
+PanelLayout panel_layout(DType stored, Index d, Index dv) {
   const Kernels& k = kernels();
-  const bool pairs = arithmetic == DType::bf16 && k.bf16_dot;
-  return {pairs ? DType::bf16 : DType::f32, d, dv, pairs ? round_up(d, k.key_step) : d, round_up(dv, Index{16})};
+  const bool pairs = stored == DType::bf16;
+  return {stored,
+          d,
+          dv,
+          pairs ? round_up(d, k.key_step) : d,
+          round_up(dv, Index{16}),
+          pairs && k.bf16_dot ? DType::bf16 : DType::f32};
+}
+
+PanelLayout widen_panels(const PanelLayout& layout, const void* keys, const void* values, Index panels,
+                         float* wide_keys, float* wide_values) {
+  const Kernels& k = kernels();
+  const Index columns = panels * panel_columns;
+  if (layout.dtype == DType::bf16) {
+    k.widen_pairs(static_cast<const bf16*>(keys), panels * layout.dp / 2, panel_columns, wide_keys);
+    k.widen_pairs(static_cast<const bf16*>(values), columns / 2, layout.dvp, wide_values);
+  } else {
+    k.widen_bytes(static_cast<const std::int8_t*>(keys), columns * layout.dp, wide_keys);
+    k.widen_bytes(static_cast<const std::int8_t*>(values), columns * layout.dvp, wide_values);
+  }
+  return {DType::f32, layout.d, layout.dv, layout.dp, layout.dvp};
+}
+
+void attend_panels(const PanelTask& task) {
+  const Kernels& k = kernels();
+  switch (task.layout.dtype) {
+    case DType::bf16: return task.layout.product == DType::bf16 ? k.attend_bf16(task) : k.attend_wide_bf16(task);
+    case DType::i8: return k.attend_wide_i8(task);
+    default: return k.attend_f32(task);
+  }
+}
+
+void multiply_keys(const PackedKeys& keys, Index first, Index columns, const void* q, Index rows, float* products,
+                   Index ldc) {
+  const Kernels& k = kernels();
+  const PanelLayout& layout = keys.layout;
+  const Index dp = layout.dp, offset = first * dp;
+  const auto* wide = static_cast<const float*>(q);
+  switch (layout.dtype) {
+    case DType::bf16: {
+      const bf16* panels = static_cast<const bf16*>(keys.panels) + offset;
+      if (layout.product == DType::bf16)
+        k.gemm_bf16(rows, columns, dp, static_cast<const bf16*>(q), dp, panels, products, ldc, false);
+      else k.gemm_wide_bf16(rows, columns, dp, wide, dp, panels, products, ldc, false);
+      return;
+    }
+    case DType::i8:
+      k.gemm_wide_i8(rows, columns, dp, wide, dp, static_cast<const std::int8_t*>(keys.panels) + offset, products, ldc,
+                     false);
+      for (Index i = 0; i < rows; ++i)
+        for (Index j = 0; j < columns; ++j) products[i * ldc + j] *= keys.scale[first + j];
+      return;
+    default:
+      k.gemm_f32(rows, columns, dp, wide, dp, static_cast<const float*>(keys.panels) + offset, products, ldc, false);
+  }
 }
 
 }  // namespace heed

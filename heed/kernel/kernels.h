@@ -15,13 +15,14 @@ struct PanelTask {
   // Rows: ranks in the block; `row_list` or, when null, first_row … first_row + rows - 1.
   const std::int32_t* row_list = nullptr;
   Index first_row = 0, rows = 0;
-  // The block's queries [·, dp] in the arithmetic type, and its softmax state: per row the
+  // The block's queries [·, dp] in the layout's product type, and its softmax state: per row the
   // reference maximum m (base 2, -inf = nothing seen), the sum l, and acc [·, dvp] = Σ p·v.
   const void* q = nullptr;
   float *m = nullptr, *l = nullptr, *acc = nullptr;
   // Columns: `panels` (1 … 4) consecutive panels of one source.
   PanelLayout layout;
   const void *k = nullptr, *v = nullptr;
+  const float *key_scale = nullptr, *value_scale = nullptr;  // [panels·64], or null = 1
   Index panels = 0;
   // Visibility: null = everything, else bit c of words[r·word_stride + p] says that row r (rank in this
   // task) sees column c of panel p. word_stride = 0: all rows see the same.
@@ -75,6 +76,10 @@ struct Kernels {
 
   void (*attend_f32)(const PanelTask&);
   void (*attend_bf16)(const PanelTask&);
+  // f32 queries meet panels stored as bf16 (null where bf16_dot) or i8, which are widened on their way to registers.
+  // Panels of bf16 give the bits that their numbers would give as f32.
+  void (*attend_wide_bf16)(const PanelTask&);
+  void (*attend_wide_i8)(const PanelTask&);
 
   void (*attend_backward)(const BackwardTask&);
 
@@ -85,6 +90,11 @@ struct Kernels {
                    bool accumulate);
   void (*gemm_bf16)(Index m, Index n, Index k, const bf16* a, Index lda, const bf16* b, float* c, Index ldc,
                     bool accumulate);
+  // The same for f32 rows and panels stored as bf16 (null where bf16_dot) or i8, scales left out.
+  void (*gemm_wide_bf16)(Index m, Index n, Index k, const float* a, Index lda, const bf16* b, float* c, Index ldc,
+                         bool accumulate);
+  void (*gemm_wide_i8)(Index m, Index n, Index k, const float* a, Index lda, const std::int8_t* b, float* c, Index ldc,
+                       bool accumulate);
 
   // Packs `columns` (1 … 64) rows of x [columns, d] (f32, stride ldx) as one key panel; columns
   // and features beyond are zero. d_padded: the layout's dp.
@@ -100,6 +110,11 @@ struct Kernels {
   // folded into largest[b] by maximum, sum[b] times that added to mass[b]; either may be null, sum null = ones.
   // Overwrites maximum. A row that saw nothing changes nothing.
   void (*weigh_blocks)(float* maximum, const float* sum, Index n, float* largest, float* mass);
+
+  // Numbers as f32: pairs of bf16 as panels hold them, in [steps][width], to rows [2·steps, width]; or n bytes. width
+  // and n are multiples of 16.
+  void (*widen_pairs)(const bf16* in, Index steps, Index width, float* out);
+  void (*widen_bytes)(const std::int8_t* in, Index n, float* out);
 
   // Rounds n floats to bf16, nearest even.
   void (*round_bf16)(const float* x, Index n, bf16* out);
@@ -140,7 +155,26 @@ const Kernels& kernels();
 /// Switches to another table (tests run every one). Throws UsageError as above.
 void select_isa(const std::string& name);
 
-/// The storage of packed keys and values under the current kernels.
-PanelLayout panel_layout(DType arithmetic, Index d, Index dv);
+/// The layout of keys and values stored as f32, bf16 or i8 under the current kernels.
+PanelLayout panel_layout(DType stored, Index d, Index dv);
+
+/// Widens `panels` panels of bf16 or i8, scales left out, to keys and values of the layout that is returned: f32.
+PanelLayout widen_panels(const PanelLayout& layout, const void* keys, const void* values, Index panels,
+                         float* wide_keys, float* wide_values);
+
+/// Carries out a task by the kernel that its layout asks for.
+void attend_panels(const PanelTask& task);
+
+/// Packed keys of one head.
+struct PackedKeys {
+  PanelLayout layout;
+  const void* panels = nullptr;
+  const float* scale = nullptr;  // of each column, where i8 is stored
+};
+
+/// products[i·ldc + j] = <q_i, key first + j> for `rows` queries q [rows, dp] in the layout's product type and
+/// `columns` keys from `first` on, a multiple of 64. Rows of products must hold `columns` rounded up to 16.
+void multiply_keys(const PackedKeys& keys, Index first, Index columns, const void* q, Index rows, float* products,
+                   Index ldc);
 
 }  // namespace heed

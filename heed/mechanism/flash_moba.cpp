@@ -44,7 +44,7 @@ std::shared_ptr<const KeyValues> convolve_keys(const Inputs& in, const TensorVie
       for (Index i = 0; i < d; ++i) out[i] = k[(t - before) * d + i] + y[i] / (1 + std::exp(-y[i]));
     }
   });
-  auto keys = std::make_shared<KeyValues>(heads, d, 0, p.M, in.kv->arithmetic());  // values stay the input's
+  auto keys = std::make_shared<KeyValues>(heads, d, 0, p.M, in.kv->layout().dtype);  // values stay the input's
   keys->append(convolved.view(), Tensor(DType::f32, {heads, p.M, 0}).view());
   return keys;
 }

@@ -138,7 +138,7 @@ Plan plan_routing(const Params& p, const Inputs& in) {
     if (!shared) packed = pack_keys(k.view(), DType::f32);
     routing->k_lists = shared ? plan.row_tokens : lists_of(packed, centroids, key_width);
     // Normalised keys beside the values as they are.
-    if (in.kv->arithmetic() != DType::f32) packed = pack_keys(keys.view(), in.kv->arithmetic());
+    if (in.kv->layout().dtype != DType::f32) packed = pack_keys(keys.view(), in.kv->layout().dtype);
     routing->keys = std::make_unique<KeyValues>(std::move(packed));
   }
   const Index heads = routing->keys->heads();
@@ -146,7 +146,7 @@ Plan plan_routing(const Params& p, const Inputs& in) {
   for (Index head = 0; head < heads; ++head) {
     SourceView& view = views[static_cast<size_t>(head)];
     view = plan.sources[0].views[static_cast<size_t>(shared ? head / problem.group() : head)];
-    view.keys = routing->keys->keys(head);
+    view.keys = routing->keys->keys(head), view.key_scale = routing->keys->key_scales(head);
     if (plan.sources[0].layout.dtype == DType::f32 && plan.sources[0].layout.dp == problem.D &&
         in.kv->arithmetic() == DType::f32)
       view.key_rows = reinterpret_cast<const std::byte*>(keys.as<float>() + head * problem.M * problem.D);

@@ -27,6 +27,7 @@ constexpr std::string_view header_name(DType t) {
     case DType::bf16: return "BF16";
     case DType::i32: return "I32";
     case DType::u8: return "U8";
+    case DType::i8: return "I8";
   }
   return "?";
 }

@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "heed/base/threads.h"
-#include "heed/kernel/kernels.h"
 
 namespace heed {
 namespace {
@@ -19,8 +18,7 @@ constexpr float log2_e = 1.44269504f;
 }  // namespace
 
 ScoreKeys ScoreKeys::of(const KeyValues& kv, Index head) {
-  const PanelLayout& layout = kv.layout();
-  return {kv.keys(head), layout.dtype, layout.d, layout.dp, kv.size()};
+  return {{kv.layout(), kv.keys(head), kv.key_scales(head)}, kv.size()};
 }
 
 void BlockScores::weigh(const float* q, Index rows, const std::int32_t* ends, float* largest, float* mass,
@@ -31,18 +29,22 @@ void BlockScores::weigh(const float* q, Index rows, const std::int32_t* ends, fl
   Index end = 0;
   for (Index i = 0; i < rows; ++i) end = std::max(end, end_of(i));
   const Index count = round_up(blocks(end), lanes), ldc = chunk_columns + lanes;
-  const bool paired = keys.dtype == DType::bf16, single = block == 1;
+  const PanelLayout& layout = keys.packed.layout;
+  const bool single = block == 1;
   const Index at_once =
       std::clamp(row_state / std::max<Index>(1, count) / least_rows * least_rows, least_rows, most_rows);
 
-  const bf16* q_paired = nullptr;
-  if (paired) {
-    auto* rounded = scratch.take<bf16>(rows * keys.dp).data();
+  const Index row_bytes = layout.dp * size_of(layout.product);
+  const auto* packed = reinterpret_cast<const std::byte*>(q);
+  if (layout.product == DType::bf16 || layout.dp != layout.d) {
+    auto* rows_padded = scratch.take<std::byte>(rows * row_bytes).data();
+    std::fill_n(rows_padded, rows * row_bytes, std::byte{});
     for (Index i = 0; i < rows; ++i) {
-      kernel.round_bf16(q + i * keys.d, keys.d, rounded + i * keys.dp);
-      std::fill(rounded + i * keys.dp + keys.d, rounded + (i + 1) * keys.dp, bf16{});
+      std::byte* row = rows_padded + i * row_bytes;
+      if (layout.product == DType::bf16) kernel.round_bf16(q + i * layout.d, layout.d, reinterpret_cast<bf16*>(row));
+      else std::copy_n(q + i * layout.d, layout.d, reinterpret_cast<float*>(row));
     }
-    q_paired = rounded;
+    packed = rows_padded;
   }
   float* scores = scratch.take<float>(most_rows * ldc).data();
   float* maximum = scratch.take<float>(at_once * count).data();
@@ -56,12 +58,7 @@ void BlockScores::weigh(const float* q, Index rows, const std::int32_t* ends, fl
     if (!single) std::fill_n(sum, some * count, 0.0f);
     for (Index begin = 0; begin < some_end; begin += chunk_columns) {
       const Index columns = std::min(chunk_columns, some_end - begin), panel = begin / panel_columns * panel_columns;
-      if (paired)
-        kernel.gemm_bf16(some, columns, keys.dp, q_paired + row * keys.dp, keys.dp,
-                         static_cast<const bf16*>(keys.panels) + panel * keys.dp, scores, ldc, false);
-      else
-        kernel.gemm_f32(some, columns, keys.dp, q + row * keys.d, keys.d,
-                        static_cast<const float*>(keys.panels) + panel * keys.dp, scores, ldc, false);
+      multiply_keys(keys.packed, panel, columns, packed + row * row_bytes, some, scores, ldc);
       for (Index i = 0; i < some; ++i)
         if (const Index seen = std::min(columns, end_of(row + i) - begin); seen > 0)
           kernel.fold_blocks(scores + i * ldc, seen, begin, block, scale * log2_e, maximum + i * count,
@@ -76,7 +73,7 @@ void BlockScores::weigh(const float* q, Index rows, const std::int32_t* ends, fl
 void BlockScores::weigh(const Queries& queries, const RowBlock& rows, Index stride, bool causal, float* largest,
                         float* mass, Scratch& scratch) const {
   const Scratch::Mark mark(scratch);
-  const Index count = ceil_div(rows.rows, stride), d = keys.d;
+  const Index count = ceil_div(rows.rows, stride), d = keys.packed.layout.d;
   float* q = scratch.take<float>(count * d).data();
   std::int32_t* ends = scratch.take<std::int32_t>(count).data();
   for (Index i = 0; i < count; ++i) {
@@ -97,22 +94,11 @@ void block_targets(const BlockScores& scores, const Queries& queries, const RowB
 }
 
 std::vector<float> mean_head_panels(const KeyValues& kv, Index first, Index heads) {
-  const PanelLayout& layout = kv.layout();
-  const Index d = layout.d, panels = ceil_div(kv.size(), panel_columns);
+  const Index d = kv.layout().d, panels = ceil_div(kv.size(), panel_columns);
   std::vector<float> mean(static_cast<size_t>(panels * d * panel_columns));
   parallel_for(panels, [&](Index panel, int) {
     float* out = mean.data() + panel * d * panel_columns;
-    for (Index head = first; head < first + heads; ++head) {
-      if (layout.dtype == DType::f32) {
-        const float* in = static_cast<const float*>(kv.keys(head)) + panel * layout.panel_elements();
-        for (Index i = 0; i < d * panel_columns; ++i) out[i] += in[i];
-        continue;
-      }
-      const bf16* in = static_cast<const bf16*>(kv.keys(head));
-      for (Index f = 0; f < d; ++f)
-        for (Index c = 0; c < panel_columns; ++c)
-          out[f * panel_columns + c] += to_f32(in[layout.key_offset(panel * panel_columns + c, f)]);
-    }
+    for (Index head = first; head < first + heads; ++head) kv.add_panel(head, panel, out);
     for (Index i = 0; i < d * panel_columns; ++i) out[i] /= static_cast<float>(heads);
   });
   return mean;

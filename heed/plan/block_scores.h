@@ -3,19 +3,20 @@
 
 #include <vector>
 
+#include "heed/kernel/kernels.h"
 #include "heed/plan/plan.h"
 
 namespace heed {
 
-/// Keys of one head, packed as kernel/panels.h says; those of an input, or panels of f32 keys made for the purpose.
+/// Keys of one head: those of an input, or panels of f32 keys made for the purpose.
 struct ScoreKeys {
-  const void* panels = nullptr;
-  DType dtype = DType::f32;  // f32 or bf16
-  Index d = 0, dp = 0;       // features, and padded as the panels have them (f32: dp = d)
-  Index columns = 0;         // keys
+  PackedKeys packed;
+  Index columns = 0;  // keys
 
   static ScoreKeys of(const KeyValues& kv, Index head);
-  static ScoreKeys of(const float* panels, Index d, Index columns) { return {panels, DType::f32, d, d, columns}; }
+  static ScoreKeys of(const float* panels, Index d, Index columns) {
+    return {{{DType::f32, d, 0, d, 0}, panels}, columns};
+  }
 };
 
 /// Softmax weights of queries over the keys that each sees, p_ij = softmax_j(scale · <q_i, k_j>), seen block by block

@@ -15,7 +15,7 @@ constexpr Index rows_at_once = 64, columns_at_once = 8 * panel_columns;
 template <class Visit>
 void stream_products(const ScoreMap& map, Index row, Index rows, Visit visit) {
   const PanelLayout& layout = map.layout;
-  const Index row_bytes = layout.dp * size_of(layout.dtype);
+  const Index row_bytes = layout.dp * size_of(layout.product);
   Scratch& scratch = thread_scratch();
   const Scratch::Mark mark(scratch);
   std::byte* const q = scratch.take<std::byte>(rows_at_once * row_bytes).data();
@@ -26,13 +26,8 @@ void stream_products(const ScoreMap& map, Index row, Index rows, Visit visit) {
       map.queries->read_packed(layout, map.b, map.head, map.tokens[static_cast<size_t>(row + r0 + i)],
                                q + i * row_bytes);
     for (Index first = 0; first < map.columns; first += columns_at_once) {
-      const Index width = std::min(columns_at_once, map.columns - first), offset = layout.key_offset(first, 0);
-      if (layout.dtype == DType::bf16)
-        kernels().gemm_bf16(count, width, layout.dp, reinterpret_cast<const bf16*>(q), layout.dp,
-                            static_cast<const bf16*>(map.keys) + offset, scores, columns_at_once, false);
-      else
-        kernels().gemm_f32(count, width, layout.dp, reinterpret_cast<const float*>(q), layout.dp,
-                           static_cast<const float*>(map.keys) + offset, scores, columns_at_once, false);
+      const Index width = std::min(columns_at_once, map.columns - first);
+      multiply_keys({layout, map.keys}, first, width, q, count, scores, columns_at_once);
       for (Index i = 0; i < count; ++i) visit(row + r0 + i, first, scores + i * columns_at_once, width);
     }
   }

@@ -25,7 +25,7 @@ struct BlockBounds {
   std::vector<float> bounds;
 };
 
-/// Keys as rows in the layout's type: token t of head h starts at data + (h·capacity + t)·dp elements.
+/// Keys as rows in the layout's product type: token t of head h starts at data + (h·capacity + t)·dp elements.
 struct KeyRows {
   const std::byte* data = nullptr;
   Index row_bytes = 0, capacity = 0;
@@ -35,27 +35,37 @@ struct KeyRows {
 class KeyValues {
  public:
   /// Room for `capacity` tokens of `heads` heads (a batch's heads one after the other). Memory is
-  /// touched as tokens come. arithmetic: f32, or bf16 (kept as rounded f32 where the kernels have
-  /// no bf16 product).
-  KeyValues(Index heads, Index d, Index dv, Index capacity, DType arithmetic);
+  /// touched as tokens come. stored: f32, bf16, or i8 with a scale for each key and each value.
+  KeyValues(Index heads, Index d, Index dv, Index capacity, DType stored);
 
   Index heads() const { return heads_; }
   Index size() const { return size_; }  // tokens held
   Index capacity() const { return capacity_; }
   const PanelLayout& layout() const { return layout_; }
-  DType arithmetic() const { return arithmetic_; }
-  /// Bytes that the tokens held occupy, summaries included.
+  /// What queries that meet these keys are rounded to: bf16 where that is what they are stored as, else f32.
+  DType arithmetic() const { return layout_.dtype == DType::bf16 ? DType::bf16 : DType::f32; }
+  /// Bytes that the tokens held occupy, summaries included, released panels not.
   Index bytes() const;
 
   /// Appends n tokens to every head: k [heads, n, D] and v [heads, n, Dv], or with the heads as two
-  /// axes [B, Hk, n, D]; any strides; f32, f16 or bf16, rounded to the arithmetic type. Throws Error when the capacity
+  /// axes [B, Hk, n, D]; any strides; f32, f16 or bf16, rounded to the stored type. Throws Error when the capacity
   /// is exceeded.
   void append(const TensorView& k, const TensorView& v);
   /// Forgets all tokens from `size` on.
   void truncate(Index size);
+  /// Frees the memory of panels [first, end) of one head, whole pages of it, for good: whoever reads their tokens finds
+  /// zeros, or whatever comes to stand there. The tokens still count as held.
+  void release(Index head, Index first, Index end);
+  bool released(Index head, Index panel) const {
+    return !released_.empty() && released_[static_cast<size_t>(head * panels_ + panel)];
+  }
+  Index released_panels() const { return released_count_; }  // of all heads
 
   const void* keys(Index head) const;  // first panel
   const void* values(Index head) const;  // first row
+  /// Scales of each key and each value where i8 is stored, else null.
+  const float* key_scales(Index head) const;
+  const float* value_scales(Index head) const;
   /// Key or value of one token, widened: d (dv) floats.
   void read_key(Index head, Index token, float* out) const;
   void read_value(Index head, Index token, float* out) const;
@@ -68,6 +78,9 @@ class KeyValues {
   /// Means of the keys of every complete block of `block` tokens, f32 sums, kept and brought up to date: blocks
   /// whose means are there are not looked at again. Not thread-safe: call it before parallel work.
   const BlockMeans& block_means(Index block) const;
+
+  /// Adds the keys of one panel to sum, a key panel of f32 [d, 64].
+  void add_panel(Index head, Index panel, float* sum) const;
 
   /// Raises most [d] and lowers least [d] to the keys of tokens [begin, end) of one head.
   void bound_keys(Index head, Index begin, Index end, float* most, float* least) const;
@@ -87,11 +100,11 @@ class KeyValues {
     Index bytes;
     void operator()(std::byte* p) const;
   };
-  Index heads_, capacity_, size_ = 0;
-  DType arithmetic_;
+  Index heads_, capacity_, size_ = 0, panels_, released_count_ = 0;  // panels_: a head's, of the capacity
+  std::vector<bool> released_;  // [heads, panels], or empty: none was
   PanelLayout layout_;
-  Index head_bytes_k_ = 0, head_bytes_v_ = 0;
-  std::unique_ptr<std::byte, Free> memory_k_, memory_v_;
+  Index head_bytes_k_ = 0, head_bytes_v_ = 0, scales_ = 0;  // scales_: of a head's keys, and of its values
+  std::unique_ptr<std::byte, Free> memory_k_, memory_v_, memory_scales_;
   mutable std::map<Index, BlockMeans> means_;
   mutable std::map<Index, BlockBounds> bounds_;
   mutable std::unique_ptr<std::byte, Free> memory_rows_;
@@ -104,7 +117,7 @@ void sum_columns(const PanelLayout& layout, const void* keys, Index begin, Index
 void max_columns(const PanelLayout& layout, const void* keys, Index begin, Index end, float* out);
 
 /// Keys alone (dv = 0), packed: k [heads, n, D], or with the heads as two axes. A source may show them beside the
-/// values of other KeyValues of the same arithmetic.
-KeyValues pack_keys(const TensorView& k, DType arithmetic);
+/// values of other KeyValues that are stored alike.
+KeyValues pack_keys(const TensorView& k, DType stored);
 
 }  // namespace heed

@@ -33,15 +33,26 @@ void copy_panel(const PanelLayout& layout, const T* keys, const T* values, std::
           out[(step * panel_columns + c) * pair + i] = keys[from[c] + step * panel_columns * pair + i];
 }
 
-}  // namespace
-
-namespace {
+// The same for columns that are widened to f32 on the way.
+void widen_panel(const KeyValues& kv, Index head, std::span<const std::int32_t> order, Index first,
+                 const PanelLayout& to, float* keys_out, float* values_out) {
+  Scratch& scratch = thread_scratch();
+  const Scratch::Mark mark(scratch);
+  float* key = scratch.take<float>(to.d).data();
+  for (Index c = first; c < std::min(first + panel_columns, static_cast<Index>(order.size())); ++c) {
+    const Index token = order[static_cast<size_t>(c)];
+    if (token < 0) continue;
+    kv.read_key(head, token, key);
+    for (Index f = 0; f < to.d; ++f) keys_out[to.key_offset(c, f)] = key[f];
+    kv.read_value(head, token, values_out + to.value_offset(c, 0));
+  }
+}
 
 // heads views of `columns` columns; view i shows head head_of(i) of kv in the order order_of(i).
 template <class HeadOf, class OrderOf>
 void copy_heads(const KeyValues& kv, Index heads, Index columns, HeadOf head_of, OrderOf order_of,
                 PermutedSource& out) {
-  const PanelLayout& layout = kv.layout();
+  const PanelLayout layout = kv.layout().of_copies();
   out.keys = Tensor(layout.dtype, {heads, layout.key_elements(columns)});
   out.values = Tensor(layout.dtype, {heads, layout.value_elements(columns)});
   out.source.layout = layout;
@@ -66,8 +77,11 @@ void copy_heads(const KeyValues& kv, Index heads, Index columns, HeadOf head_of,
       copy_panel(layout, static_cast<const T*>(kv.keys(head)), static_cast<const T*>(kv.values(head)), order_of(i),
                  first, keys + i * layout.key_elements(columns), values + i * layout.value_elements(columns));
     };
-    if (layout.dtype == DType::bf16) copy(out.keys.as<bf16>(), out.values.as<bf16>());
-    else copy(out.keys.as<float>(), out.values.as<float>());
+    if (kv.layout().dtype == DType::bf16) copy(out.keys.as<bf16>(), out.values.as<bf16>());
+    else if (kv.layout().dtype == DType::f32) copy(out.keys.as<float>(), out.values.as<float>());
+    else
+      widen_panel(kv, head, order_of(i), first, layout, out.keys.as<float>() + i * layout.key_elements(columns),
+                  out.values.as<float>() + i * layout.value_elements(columns));
   });
 }
 
@@ -121,6 +135,7 @@ Index add_keys(Plan& plan, const KeyValues& kv, std::shared_ptr<const KeyValues>
   for (Index head = 0; head < kv.heads(); ++head) {
     SourceView& view = source.views.emplace_back();
     view.keys = keys->keys(head), view.values = kv.values(head);
+    view.key_scale = keys->key_scales(head), view.value_scale = kv.value_scales(head);
     view.columns = keys->size();
   }
   plan.keep.push_back(std::move(keys));

@@ -14,7 +14,7 @@ void Queries::read(Index b, Index head, Index token, float* out) const {
 }
 
 void Queries::read_packed(const PanelLayout& layout, Index b, Index head, Index token, void* out) const {
-  if (layout.dtype == DType::f32) {
+  if (layout.product == DType::f32) {
     auto* q = static_cast<float*>(out);
     read(b, head, token, q);
     std::fill(q + layout.d, q + layout.dp, 0.0f);
@@ -48,6 +48,7 @@ Plan make_plan(const Problem& problem, const Queries& queries, const KeyValues& 
     SourceView view;
     view.keys = kv.keys(head);
     view.values = kv.values(head);
+    view.key_scale = kv.key_scales(head), view.value_scale = kv.value_scales(head);
     view.columns = problem.M;
     input.views.push_back(view);
   }

@@ -74,9 +74,10 @@ struct Members {
 /// Packed keys and values of one lane's source, with what a column stands for.
 struct SourceView {
   const void *keys = nullptr, *values = nullptr;
-  /// The keys once more, [columns, dp] in the layout's type, or null: a listed column's features lie apart in a panel,
-  /// side by side here.
+  /// The keys once more, [columns, dp] in the layout's type of products, or null: a listed column's features lie apart
+  /// in a panel, side by side here.
   const std::byte* key_rows = nullptr;
+  const float *key_scale = nullptr, *value_scale = nullptr;  // [columns] where i8 is stored
   Index columns = 0;
   const float* log_weight = nullptr;  // [columns], natural log, or null = 0
   const std::int32_t* position = nullptr;  // [columns], ascending, or null = its rank
@@ -133,7 +134,7 @@ class Queries {
   /// q [B, Hq, N, D], any strides; with bf16 arithmetic f32 values are rounded when read.
   Queries(TensorView q, DType arithmetic) : q_(std::move(q)), arithmetic_(arithmetic) {}
   void read(Index b, Index head, Index token, float* out) const;
-  /// One query as the kernels read it: dp elements of the layout's type, those beyond D zero.
+  /// One query as the kernels read it: dp elements of the layout's product type, those beyond D zero.
   void read_packed(const PanelLayout& layout, Index b, Index head, Index token, void* out) const;
   DType arithmetic() const { return arithmetic_; }
   const TensorView& view() const { return q_; }
@@ -163,6 +164,11 @@ struct Plan {
 
   /// Pure and thread-safe; called again by whoever walks the plan.
   std::function<void(const RowBlock&, Tiles&)> emit;
+
+  /// Whether a query that stands at `position` or later, of this call or of one that follows it, may see one of the
+  /// tokens [begin, end) of a KV head (lane b·Hk + head); empty: it may. What none may see can be dropped once as many
+  /// tokens are held. Pure; holds what it needs, as it outlives the plan.
+  std::function<bool(Index lane, Index position, Index begin, Index end)> reaches;
 
   /// What emit's closure and the views point to.
   std::vector<std::shared_ptr<const void>> keep;

@@ -30,7 +30,7 @@ SampledQueries::SampledQueries(const Queries& queries, const RowBlock& rows, Ind
   positions_ = scratch.take<std::int32_t>(ceil_div(rows.rows, stride));
   padded_ = round_up(static_cast<Index>(positions_.size()), lanes);
   const Index panels = ceil_div(padded_, panel_columns), d = layout.d;
-  auto* packed = scratch.take<std::byte>(panels * layout.panel_elements() * size_of(layout.dtype)).data();
+  auto* packed = scratch.take<std::byte>(panels * layout.panel_elements() * size_of(layout.product)).data();
   panels_ = packed;
   const Scratch::Mark mark(scratch);
   float* q = scratch.take<float>(padded_ * d).data();
@@ -43,7 +43,7 @@ SampledQueries::SampledQueries(const Queries& queries, const RowBlock& rows, Ind
   for (Index p = 0; p < panels; ++p) {
     const Index columns = std::min(panel_columns, padded_ - p * panel_columns);
     const float* x = q + p * panel_columns * d;
-    if (layout.dtype == DType::bf16)
+    if (layout.product == DType::bf16)
       kernels().pack_keys_bf16(x, d, columns, d, layout.dp,
                                reinterpret_cast<bf16*>(packed) + p * layout.panel_elements());
     else
@@ -62,7 +62,7 @@ void SampledQueries::score(const KeyRows& keys, Index head, const KeyBlocks& geo
 
   Index held = 0;
   const auto flush = [&] {
-    if (layout_.dtype == DType::bf16)
+    if (layout_.product == DType::bf16)
       kernels().gemm_bf16(held, padded_, layout_.dp, reinterpret_cast<const bf16*>(rows), layout_.dp,
                           static_cast<const bf16*>(panels_), products, padded_, false);
     else

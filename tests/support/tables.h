@@ -59,7 +59,7 @@ inline Index up_to(Index n, Index step) { return (n + step - 1) / step * step; }
 template <class T>
 void put(std::vector<T>& to, Index i, float x) {
   if constexpr (sizeof(T) == 2) to[static_cast<size_t>(i)] = bits_of(x);
-  else to[static_cast<size_t>(i)] = x;
+  else to[static_cast<size_t>(i)] = static_cast<T>(x);
 }
 
 /// Calls body(table, float{}) and, where the table has a bf16 product, body(table, bf16{}).

@@ -192,11 +192,14 @@ inline Seen seen_strip(const PanelTask& t, Index first, Index rows, Index step) 
   return {from, to, hidden != 0};
 }
 
-template <class T>
+/// T: what is multiplied; Stored: what panels hold.
+template <class T, class Stored = T>
 void attend_rows(const PanelTask& t) {
   const Index dp = t.layout.dp, dvp = t.layout.dvp, panel_size = t.layout.panel_elements();
-  constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
+  constexpr Index pair = sizeof(Stored) == 2 ? 2 : 1;
   const bool plain = t.softcap == 0 && t.add == nullptr && t.scale > 0;
+  // Few rows wait for memory, which is asked for the panel after the one that is multiplied.
+  const bool few = sizeof(T) == 4 && t.rows <= 2 * group_rows<T>;
   begin_products();
   alignas(64) float scores[group_rows<T> * chunk_columns + W];  // the last vector of a group may reach beyond
   alignas(64) T weights[sizeof(T) == 2 ? group_rows<T> * chunk_columns : 1];
@@ -229,7 +232,13 @@ void attend_rows(const PanelTask& t) {
       const Index p = column / panel_columns, inner = column % panel_columns;
       const Index width = (p + 1) * panel_columns < to ? panel_columns - inner : to - column;
       for (Index i = 0; i < rows; ++i) s_panel[i] = s[i] + column;
-      const T* k = static_cast<const T*>(t.k) + p * panel_size + inner * pair;
+      const Stored* k = static_cast<const Stored*>(t.k) + p * panel_size + inner * pair;
+      if constexpr (sizeof(T) == 4)
+        if (few) {
+          streaming_product(rows, q, k, panel_columns * pair, dp, width, s_panel, false, panel_size);
+          column += width;
+          continue;
+        }
       if (width == panel_columns)  // a constant lets the compiler unroll
         product<T>(rows, q, k, panel_columns * pair, dp, panel_columns, s_panel, false);
       else product<T>(rows, q, k, panel_columns * pair, dp, width, s_panel, false);
@@ -238,6 +247,7 @@ void attend_rows(const PanelTask& t) {
     for (Index i = 0; i < rows; ++i) {
       const std::uint64_t* words = tested ? t.words + (first + i) * t.word_stride : nullptr;
       float factor = t.scale * log2_e;
+      if (t.key_scale != nullptr) scale_columns(s[i], t.key_scale, from, to);
       if (!plain) {
         apply_rule(t, t.add == nullptr ? nullptr : t.add + (first + i) * t.add_stride, s[i], from, to);
         factor = log2_e;
@@ -247,7 +257,21 @@ void attend_rows(const PanelTask& t) {
       if (t.gates == nullptr)
         softmax_row<fine>(s[i], p, from, to, factor, words, t.m[rank[i]], t.l[rank[i]], acc[i], dvp);
       else softmax_groups<fine>(s[i], p, from, to, factor, words, groups, t.m[rank[i]], t.l[rank[i]], acc[i], dvp);
+      if constexpr (sizeof(T) == 4)
+        if (t.value_scale != nullptr) scale_columns(s[i], t.value_scale, from, to);
     }
-    product<T>(rows, w, static_cast<const T*>(t.v) + from * dvp, dvp * pair, to - from, dvp, acc, true);
+    if constexpr (sizeof(T) == 4)
+      if (few) {  // panel by panel, so that the next one is on its way in time
+        for (Index column = from, end; column < to; column = end) {
+          end = column / panel_columns * panel_columns + panel_columns;
+          end = end < to ? end : to;
+          const T* part[group_rows<T>];
+          for (Index i = 0; i < rows; ++i) part[i] = s[i] + column;
+          streaming_product(rows, part, static_cast<const Stored*>(t.v) + column * dvp, dvp * pair, end - column, dvp,
+                            acc, true, panel_columns * dvp);
+        }
+        continue;
+      }
+    product<T>(rows, w, static_cast<const Stored*>(t.v) + from * dvp, dvp * pair, to - from, dvp, acc, true);
   }
 }

@@ -1,9 +1,9 @@
 // C = A·B on packed panels, packing of panels, and the row functions of models.
 // Included inside each instruction set's own namespace, after product.h.
 
-template <class T>
-void gemm(Index m, Index n, Index k, const T* a, Index lda, const T* b, float* c, Index ldc, bool accumulate) {
-  constexpr Index pair = sizeof(T) == 2 ? 2 : 1;
+template <class T, class Stored = T>
+void gemm(Index m, Index n, Index k, const T* a, Index lda, const Stored* b, float* c, Index ldc, bool accumulate) {
+  constexpr Index pair = sizeof(Stored) == 2 ? 2 : 1;
   begin_products();
   // A panel stays in the second-level cache while every row passes over it.
   for (Index column = 0; column < n; column += panel_columns, b += k * panel_columns) {

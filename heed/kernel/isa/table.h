@@ -18,6 +18,7 @@ namespace heed::HEED_ISA {
 #include "heed/kernel/isa/vec.h"
 #include "heed/kernel/isa/words.h"
 #include "heed/kernel/isa/product.h"
+#include "heed/kernel/isa/widen.h"
 
 #include "heed/kernel/isa/attend.h"
 #include "heed/kernel/isa/backward.h"
@@ -30,9 +31,11 @@ namespace heed::HEED_ISA {
 #if defined(HEED_TILES) || defined(__AVX512BF16__)
 inline constexpr bool has_bf16_product = true;
 #define bf16_kernel(f) f
+#define wide_bf16_kernel(f) nullptr
 #else
 inline constexpr bool has_bf16_product = false;
 #define bf16_kernel(f) nullptr
+#define wide_bf16_kernel(f) f
 #endif
 
 extern const Kernels table;
@@ -47,13 +50,19 @@ const Kernels table = {
     .row_step = has_bf16_product ? group_rows<bf16> : group_rows<float>,
     .attend_f32 = attend_rows<float>,
     .attend_bf16 = bf16_kernel(attend_rows<bf16>),
+    .attend_wide_bf16 = wide_bf16_kernel((attend_rows<float, bf16>)),
+    .attend_wide_i8 = attend_rows<float, std::int8_t>,
     .attend_backward = attend_backward,
     .gemm_f32 = gemm<float>,
     .gemm_bf16 = bf16_kernel(gemm<bf16>),
+    .gemm_wide_bf16 = wide_bf16_kernel((gemm<float, bf16>)),
+    .gemm_wide_i8 = gemm<float, std::int8_t>,
     .pack_keys_f32 = pack_keys_f32,
     .pack_keys_bf16 = pack_keys_bf16,
     .fold_blocks = fold_blocks,
     .weigh_blocks = weigh_blocks,
+    .widen_pairs = widen_pairs,
+    .widen_bytes = widen_bytes,
     .round_bf16 = round_bf16,
     .row_product = row_product,
     .round_row = round_row,

@@ -1,6 +1,7 @@
 // Vectors of the widest kind that the enclosing translation unit may use, under one set of names.
 // Included inside each instruction set's own namespace, so no copy can leak into another's code.
-// W floats a vector; `bits` are lane masks, lane i at bit i.
+// W floats a vector; `bits` are lane masks, lane i at bit i. load_first and load_second widen one number each of W
+// pairs of bf16.
 
 #if defined(__AVX512F__)
 
@@ -24,9 +25,17 @@ inline F clamp_exponent(F x) { return x; }
 inline F load_f16(const std::uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+/// W signed bytes as floats.
+inline F load_bytes(const std::int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline F load_bf16(const std::uint8_t* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline F load_first(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+inline F load_second(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(~0xffff)));
 }
 
 #elif defined(__AVX2__)
@@ -68,9 +77,19 @@ inline F clamp_exponent(F x) { return max(x, set1(-126)); }
 inline F load_f16(const std::uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline F load_bytes(const std::int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline F load_bf16(const std::uint8_t* p) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline F load_first(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+}
+inline F load_second(const bf16* p) {
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(~0xffff)));
 }
 
 #else
@@ -118,10 +137,26 @@ inline F load_f16(const std::uint8_t* p) {
   __builtin_memcpy(h, p, sizeof h);
   return F{f16_to_f32(h[0]), f16_to_f32(h[1]), f16_to_f32(h[2]), f16_to_f32(h[3])};
 }
+inline F load_bytes(const std::int8_t* p) {
+  return F{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
 inline F load_bf16(const std::uint8_t* p) {
   std::uint16_t h[4];
   __builtin_memcpy(h, p, sizeof h);
   return (F)(I{h[0] << 16, h[1] << 16, h[2] << 16, h[3] << 16});
+}
+// On little-endian machines.
+inline F load_first(const bf16* p) {
+  typedef std::uint32_t U __attribute__((vector_size(16)));
+  U x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return (F)(x << 16);
+}
+inline F load_second(const bf16* p) {
+  typedef std::uint32_t U __attribute__((vector_size(16)));
+  U x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return (F)(x & 0xffff0000u);
 }
 
 #endif
