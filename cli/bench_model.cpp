@@ -36,11 +36,21 @@ class Bench {
     const DType dtype = dtype_named(o.dtype);
     lengths_ = whole_numbers("--length", o.lengths, 1, Index{1} << 24);
     model_ = model::Model::load(o.path, dtype);
-    json_ = {{"machine", machine_name()}, {"isa", kernels().name}, {"threads", threads()},
-             {"model", o.path},           {"dtype", o.dtype},      {"phase", decode ? "decode" : "prefill"}};
-    if (!quiet())
-      fmt::print("{}, {} threads, {}, {}\n\n{:<36}{:>9}{:>12}{:>12}{:>12}{:>11}\n", kernels().name, threads(), o.dtype,
-                 model_->info().name, "", decode ? "context" : "tokens", "tokens/s", "ms/token", "attention", "linear");
+    if (decode) read_ = bandwidth(threads());
+    json_ = {{"machine", machine_name()},
+             {"isa", kernels().name},
+             {"threads", threads()},
+             {"model", o.path},
+             {"dtype", o.dtype},
+             {"phase", decode ? "decode" : "prefill"},
+             {"kv", o.kv}};
+    if (decode) json_["read_bytes_per_s"] = read_;
+    if (quiet()) return;
+    fmt::print("{}, {} threads, {}, KV cache in {}, {}\n", kernels().name, threads(), o.dtype, o.kv,
+               model_->info().name);
+    if (decode) fmt::print("memory is read at {:.1f} GB/s\n", read_ * 1e-9);
+    fmt::print("\n{:<36}{:>9}{:>12}{:>12}{:>12}{:>11}{}\n", "", decode ? "context" : "tokens", "tokens/s", "ms/token",
+               "attention", "linear", decode ? fmt::format("{:>13}{:>10}", "K, V GB/s", "of read") : "");
   }
 
   void run(const std::string& text) {
@@ -52,6 +62,7 @@ class Bench {
       model::SessionOptions options;
       options.use.call = MechanismCall::parse(text);
       options.context = length + tail, options.chunk = o_.chunk, options.kv = dtype_named(o_.kv);
+      options.rewind = std::max(options.rewind, tail);
       model::Session session(*model_, options);
       const std::vector<model::Token> ids = random_tokens(length + tail, model_->info().vocabulary);
       const std::vector<model::Token> prompt(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(length));
@@ -79,9 +90,11 @@ class Bench {
 
   void say(const std::string& text, Index length, Index tokens, double seconds, const model::SessionStats& s) {
     const double rate = static_cast<double>(tokens) / seconds;
+    const double kv_rate = static_cast<double>(s.kv_read_bytes) / s.attention_s;
     if (!quiet())
-      fmt::print("{:<36}{:>9}{:>12.1f}{:>12.3f}{:>10.0f} %{:>9.0f} %\n", text, length, rate, 1e3 / rate,
-                 100 * s.attention_s / seconds, 100 * s.linear_s / seconds);
+      fmt::print("{:<36}{:>9}{:>12.1f}{:>12.3f}{:>10.0f} %{:>9.0f} %{}\n", text, length, rate, 1e3 / rate,
+                 100 * s.attention_s / seconds, 100 * s.linear_s / seconds,
+                 decode_ ? fmt::format("{:>13.1f}{:>8.0f} %", kv_rate * 1e-9, 100 * kv_rate / read_) : "");
     json_["results"].push_back({{"mechanism", text},
                                 {"length", length},
                                 {"tokens", tokens},
@@ -91,11 +104,13 @@ class Bench {
                                 {"linear_s", s.linear_s},
                                 {"output_s", s.output_s},
                                 {"plan_s", s.plan_s},
-                                {"kv_bytes", s.kv_bytes}});
+                                {"kv_bytes", s.kv_bytes},
+                                {"kv_read_bytes", s.kv_read_bytes}});
   }
 
   const Options& o_;
   bool decode_;
+  double read_ = 0;  // bytes a second, of memory
   std::vector<Index> lengths_;
   std::unique_ptr<model::Model> model_;
   Json json_;
@@ -118,7 +133,9 @@ void add(CLI::App& bench, Job& job, bool decode) {
   command->add_option("--dtype", o->dtype, "Arithmetic: bf16 or f32")
       ->check(one_of({"f32", "bf16"}))
       ->capture_default_str();
-  command->add_option("--kv", o->kv, "Numbers of the KV cache")->check(one_of({"f32", "bf16"}))->capture_default_str();
+  command->add_option("--kv,--kv-type", o->kv, "Numbers of the KV cache: bf16, f32 or q8_0")
+      ->check(one_of({"f32", "bf16", "q8_0"}))
+      ->capture_default_str();
   command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
   command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("F");

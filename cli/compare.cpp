@@ -157,7 +157,7 @@ void compare_models(const Options& options) {
   Comparison c{.machine = machine_name(),
                .isa = kernels().name,
                .dtype = options.model.dtype,
-               .kv = options.model.kv,
+               .kv = options.model.dtype == "f32" && options.model.kv == "bf16" ? "f32" : options.model.kv,
                .model = options.model.path,
                .model_name = opened.info().name,
                .file = options.model.file,

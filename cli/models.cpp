@@ -37,11 +37,11 @@ void ModelOptions::add(CLI::App& command, bool several_mechanisms, const std::st
   command.add_option("--ctx", context, "Most tokens to hold (default: as many as needed, at most the model's context)")
       ->check(whole_number(1))
       ->type_name("N");
-  command.add_option("--kv", kv, "Numbers of the KV cache: bf16 or f32")
-      ->check(one_of({"f32", "bf16"}))
+  command.add_option("--kv,--kv-type", kv, "Numbers of the KV cache: bf16, f32, or q8_0 (bytes and scales)")
+      ->check(one_of({"f32", "bf16", "q8_0"}))
       ->type_name("T")
       ->capture_default_str();
-  command.add_option("--dtype", dtype, "Arithmetic: bf16 or f32 (which keeps the KV cache in f32, too)")
+  command.add_option("--dtype", dtype, "Arithmetic: bf16 or f32 (which keeps the KV cache in f32 instead of bf16)")
       ->check(one_of({"f32", "bf16"}))
       ->type_name("T")
       ->capture_default_str();
@@ -94,9 +94,9 @@ std::vector<model::Token> OpenedModel::read(const std::string& text) const {
 
 std::unique_ptr<model::Model> OpenedModel::load(Index tokens, Index more) const {
   const DType arithmetic = dtype_named(options_.dtype);
-  const DType kv = arithmetic == DType::f32 ? DType::f32 : dtype_named(options_.kv);
+  const DType kv = model::stored_kv(arithmetic, dtype_named(options_.kv));
   const Index weights = model::estimate_weight_bytes(file_, arithmetic);
-  const Index cache = model::kv_bytes_per_token(info_, kv) * tokens;
+  const Index cache = model::estimate_kv_bytes(info_, kv, tokens, options_.chunk);
   const Index available = model::available_memory();
   if (weights + cache + more > available)
     fail("{}: {} of memory for weights, {} for {} tokens, expected at most the {} that are available", file_.name(),

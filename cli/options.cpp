@@ -100,7 +100,9 @@ std::vector<double> real_numbers(const std::string& option, const std::string& t
                          [&](const std::string& part, double& x) { return real_inside(part, least, most, x); });
 }
 
-DType dtype_named(const std::string& name) { return name == "bf16" ? DType::bf16 : DType::f32; }
+DType dtype_named(const std::string& name) {
+  return name == "bf16" ? DType::bf16 : name == "q8_0" ? DType::i8 : DType::f32;
+}
 
 void MechanismOptions::add(CLI::App& command, bool several, const std::string& help) {
   auto* option = command.add_option("--mechanism", texts, help)->type_name("M")->allow_extra_args(false);

@@ -25,6 +25,7 @@ std::vector<double> real_numbers(const std::string& option, const std::string& t
 /// "a,b" taken apart at the commas.
 std::vector<std::string> comma_parts(const std::string& text);
 
+/// "f32", "bf16", or "q8_0": i8 with scales.
 DType dtype_named(const std::string& name);
 
 /// --mechanism M and --set p=v of a command that runs one mechanism, or several.

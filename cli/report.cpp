@@ -280,8 +280,7 @@ std::string foot(const Comparison& c) {
   item("Machine", fmt::format("{}, {} threads, instruction set {}", c.machine, c.threads, c.isa));
   item("Model", fmt::format("{} ({})", model_title(c), file_name(c.model)));
   item("Document", fmt::format("{}, the first {} tokens", file_name(c.file), count_text(c.tokens)));
-  item("Arithmetic",
-       fmt::format("{}; KV cache in {}; {} tokens per step", c.dtype, c.dtype == "f32" ? "f32" : c.kv, c.chunk));
+  item("Arithmetic", fmt::format("{}; KV cache in {}; {} tokens per step", c.dtype, c.kv, c.chunk));
   item("Mechanisms apply to",
        fmt::format("{}; {}", c.layers.empty() ? "every layer with global attention" : "layers " + c.layers,
                    c.phase == "both" ? "prefill and decode" : c.phase + " only"));

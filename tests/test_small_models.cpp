@@ -229,7 +229,7 @@ TEST_CASE("sessions refuse what they cannot do") {
   CHECK(refuse([](SessionOptions& o) { o.context = 513; }) == "context = 513 tokens, expected 1 … 512, the model's");
   CHECK(refuse([](SessionOptions& o) { o.context = -1; }) == "context = -1 tokens, expected 1 … 512, the model's");
   CHECK(refuse([](SessionOptions& o) { o.chunk = 0; }) == "chunk = 0, expected >= 1");
-  CHECK(refuse([](SessionOptions& o) { o.kv = DType::i32; }) == "kv = i32, expected f32 or bf16");
+  CHECK(refuse([](SessionOptions& o) { o.kv = DType::i32; }) == "kv = i32, expected f32, bf16 or i8");
   CHECK(refuse([](SessionOptions& o) { o.use.layers = {7}; }) == "layer = 7, expected 0 … 6");
   CHECK(refuse([](SessionOptions& o) { o.use.layers = {4}; }) ==
         "layer = 4 has the model's own sliding window, expected a layer with global attention");

@@ -58,6 +58,11 @@ Plan plan_moa(const Params& p, const Inputs& in) {
   plan.cut_rows_every(round_up(256, block));
   plan.keep = {spans};
 
+  // A window of the prompt begins no earlier than that of a step at the same place.
+  plan.reaches = [spans, heads = in.problem.Hk](Index lane, Index position, Index begin, Index end) {
+    const auto [sink, local] = (*spans)[static_cast<size_t>(lane % heads)];
+    return begin < sink || end > position - local + 1;
+  };
   plan.emit = [=, spans = spans.get()](const RowBlock& rows, Tiles& tiles) {
     const auto [sink, local] = (*spans)[static_cast<size_t>(rows.kv_head)];
     // Prompt: windows begin at whole blocks of positions, so they hold local - block + 1 … local tokens.

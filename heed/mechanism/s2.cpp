@@ -48,6 +48,11 @@ Plan plan_s2(const Params& p, const Inputs& in) {
   Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_kv_head);
   plan.cut_rows_every(round_up(256, block));
 
+  plan.reaches = [=](Index lane, Index position, Index begin, Index end) {
+    for (Index j = begin / block; j <= (end - 1) / block; ++j)
+      if (!shards.may_forget(lane % shards.heads, position / block, j)) return true;
+    return false;
+  };
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
     add_block_rows(rows, block, tiles, [&](BlockRuns& runs) {
       const Index window = shards.is_dense(rows.kv_head) ? 0 : std::max<Index>(0, runs.own() - shards.local + 1);

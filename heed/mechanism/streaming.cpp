@@ -13,6 +13,11 @@ Plan plan_streaming(const Params& p, const Inputs& in) {
   const Documents documents = apply_documents(in, plan);
   apply_key_mask(in, plan);
 
+  // Sinks of other documents than the first stand anywhere.
+  if (in.extra.empty())
+    plan.reaches = [=](Index, Index position, Index begin, Index end) {
+      return begin < sink || end > position - window + 1;
+    };
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
     const Index first = rows.position(0), last = rows.position(rows.rows - 1);
     // The window of query p is (p - window, p]; sinks inside it are counted there. Every document

@@ -32,33 +32,77 @@ Chosen::Chosen(const MechanismCall& call, const Calibration* calibration)
         extra[layer].emplace(spec.name, tensor->second.view());
 }
 
-Forward::Forward(const Model& model, DType kv, Index context)
-    : w_(model.weights()), info_(model.info()), kv_(kv), arithmetic_(w_.arithmetic), context_(context),
+Forward::Forward(const Model& model, DType kv, Index context, Index rewind)
+    : w_(model.weights()), info_(model.info()), arithmetic_(w_.arithmetic), context_(context),
       width_(padded(info_.width)), query_width_(padded(info_.heads * info_.head_size)),
       kv_width_(padded(info_.kv_heads * info_.head_size)), ffn_width_(padded(info_.ffn)),
       global_(info_.head_size, info_.rope_base, w_.rope_pairs),
-      local_(info_.head_size, info_.rope_base_local, w_.rope_pairs) {
+      local_(info_.head_size, info_.rope_base_local, w_.rope_pairs), rewind_(rewind) {
   keys_.reserve(static_cast<size_t>(info_.layers));
-  memories_.resize(static_cast<size_t>(info_.layers));
+  memories_.resize(static_cast<size_t>(info_.layers)), dropping_.resize(static_cast<size_t>(info_.layers));
   for (Index i = 0; i < info_.layers; ++i)
     keys_.emplace_back(info_.kv_heads, info_.head_size, info_.head_size, context, kv);
 }
 
 void Forward::begin_prompt(Index size) {
   for (std::any& memory : memories_) memory.reset();
-  prompt_ = size;
+  for (Dropping& d : dropping_) d.unchecked = true;  // a mechanism may see further in a longer prompt
+  earlier_prompt_ = prompt_, prompt_ = size, floor_ = this->size();
   by_file_ = false, arithmetic_ = w_.arithmetic;
 }
 
 void Forward::begin_decode() {
+  earlier_prompt_ = prompt_, floor_ = size();
   by_file_ = w_.output.has_file();
   arithmetic_ = by_file_ ? DType::f32 : w_.arithmetic;
 }
 
+void Forward::give_up() {
+  prompt_ = earlier_prompt_;
+  truncate(floor_);
+}
+
 void Forward::truncate(Index size) {
+  for (Index layer = 0; layer < info_.layers; ++layer)
+    check_held(layer, dropping_[static_cast<size_t>(layer)].reaches, size);
   for (std::any& memory : memories_) memory.reset();
+  for (Dropping& d : dropping_) d.panels = 0;
   for (KeyValues& kv : keys_)
     if (kv.size() > size) kv.truncate(size);
+}
+
+// Of the tokens before `position`, none that was dropped may be seen from there on.
+void Forward::check_held(Index layer, const Reaches& reaches, Index position) const {
+  const KeyValues& kv = keys_[static_cast<size_t>(layer)];
+  if (kv.released_panels() == 0) return;
+  for (Index head = 0; head < info_.kv_heads; ++head)
+    for (Index begin = 0; begin < std::min(position, kv.size()); begin += panel_columns) {
+      const Index end = std::min(begin + panel_columns, position);
+      if (kv.released(head, begin / panel_columns) && (!reaches || reaches(head, position, begin, end)))
+        fail("tokens {} … {} of layer {} were dropped, expected none that tokens from {} on can see: at most {} may be "
+             "taken back, or all; a second prompt must not see further than the first",
+             begin, end - 1, layer, position, rewind_);
+    }
+}
+
+// Frees panels that neither what follows can see, nor what would follow after some tokens were taken back: those that
+// rewind_ allows for, or those being fed.
+void Forward::drop_unreachable(Index layer) {
+  Dropping& d = dropping_[static_cast<size_t>(layer)];
+  KeyValues& kv = keys_[static_cast<size_t>(layer)];
+  const Index held = kv.size(), panels = held / panel_columns;
+  if (panels == d.panels) return;
+  d.panels = panels;
+  const auto droppable = [&](Index head, Index panel) {
+    const Index begin = panel * panel_columns, back = std::max<Index>(0, held - rewind_);
+    const Index position = begin < floor_ ? std::min(back, floor_) : back;
+    return !kv.released(head, panel) && !d.reaches(head, position, begin, begin + panel_columns);
+  };
+  for (Index head = 0; head < info_.kv_heads; ++head)
+    for (Index first = 0, end; first < panels; first = end + 1) {
+      for (end = first; end < panels && droppable(head, end);) ++end;
+      if (end > first) kv.release(head, first, end);
+    }
 }
 
 void Forward::embed(const Token* tokens, Index n, float* x) {
@@ -111,7 +155,7 @@ void Forward::project(Index layer, const float* x, Index n, Index position, floa
                                            {v_.data(), DType::f32, shape, stride});
 }
 
-void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, float* out, bool counted) {
+void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, float* out, Attending now) {
   const Stopwatch watch(stats.attention_s);
   const KeyValues& kv = keys_[static_cast<size_t>(layer)];
   const Index d = info_.head_size;
@@ -119,7 +163,7 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   in.problem = {
       .B = 1, .Hq = info_.heads, .Hk = info_.kv_heads, .N = n, .M = kv.size(), .D = d, .Dv = d, .causal = true};
   in.rule.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
-  in.q = Queries({q, DType::f32, {1, info_.heads, n, d}, {n * query_width_, d, query_width_, 1}}, kv_);
+  in.q = Queries({q, DType::f32, {1, info_.heads, n, d}, {n * query_width_, d, query_width_, 1}}, kv.arithmetic());
   in.kv = &kv;
   in.memory = &memories_[static_cast<size_t>(layer)];
   in.prompt = prompt_ > 0 ? prompt_ : kv.size();
@@ -135,6 +179,9 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
     fail("{}: {} query rows a head, expected {}: one for each token of a model", how.mechanism->name,
          plan.rows_per_head(), n);
 
+  Dropping& dropping = dropping_[static_cast<size_t>(layer)];
+  if (dropping.unchecked) check_held(layer, plan.reaches, kv.size() - n);
+  dropping.unchecked = false;
   AttendStats done;
   if (plan.row_tokens.empty()) {
     done = heed::attend(plan, {.o = out, .stride_h = d, .stride_row = query_width_});
@@ -145,9 +192,15 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   }
   stats.plan_s += plan_s + done.plan_s;
   done.plan_s += plan_s;
-  if (!counted) return;
-  stats.attend += done;
-  stats.dense_pairs += dense_pairs(in.problem);
+  stats.kv_read_bytes += done.bytes_read;
+  if (now.counted) {
+    stats.attend += done;
+    stats.dense_pairs += dense_pairs(in.problem);
+  }
+  if (now.drop && plan.reaches) {
+    dropping.reaches = plan.reaches;
+    drop_unreachable(layer);
+  }
 }
 
 // Rows in a mechanism's own order go home to their tokens.

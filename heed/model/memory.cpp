@@ -68,9 +68,19 @@ Index estimate_weight_bytes(const Gguf& file, DType arithmetic) {
   return bytes;
 }
 
+DType stored_kv(DType arithmetic, DType kv) { return arithmetic == DType::f32 && kv == DType::bf16 ? DType::f32 : kv; }
+
 Index kv_bytes_per_token(const ModelInfo& info, DType kv) {
   const PanelLayout layout = panel_layout(kv, info.head_size, info.head_size);
-  return info.layers * info.kv_heads * (layout.dp + layout.dvp) * size_of(layout.dtype);
+  const Index scales = kv == DType::i8 ? 2 * static_cast<Index>(sizeof(float)) : 0;
+  return info.layers * info.kv_heads * (layout.panel_bytes() / panel_columns + scales);
+}
+
+Index estimate_kv_bytes(const ModelInfo& info, DType kv, Index tokens, Index chunk) {
+  // What a window has left is dropped when a whole panel of it may be.
+  const Index local = std::min(tokens, info.window + SessionOptions{}.rewind + chunk + panel_columns);
+  const Index windows = static_cast<Index>(std::count(info.local.begin(), info.local.end(), true));
+  return kv_bytes_per_token(info, kv) / info.layers * ((info.layers - windows) * tokens + windows * local);
 }
 
 }  // namespace heed::model

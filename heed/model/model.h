@@ -55,6 +55,11 @@ class Model {
 /// bytes of KV cache per token, for refusing a job before it starts.
 Index estimate_weight_bytes(const Gguf& file, DType arithmetic);
 Index kv_bytes_per_token(const ModelInfo& info, DType kv);
+/// Bytes of KV cache of `tokens` tokens, read `chunk` at a time, where every layer but those with a sliding window of
+/// their own sees all of them.
+Index estimate_kv_bytes(const ModelInfo& info, DType kv, Index tokens, Index chunk);
+/// What a session stores where `kv` is asked for: bf16 would round what f32 arithmetic has, so that keeps f32.
+DType stored_kv(DType arithmetic, DType kv);
 /// MemAvailable of the machine, or the cgroup's limit where that is smaller.
 Index available_memory();
 
@@ -81,7 +86,14 @@ struct SessionOptions {
   MechanismUse use;
   Index context = 0;  // most tokens the session will hold (0: the model's context); KV memory is touched as tokens come
   Index chunk = 512;  // tokens per prefill step
-  DType kv = DType::bf16;  // f32 or bf16; f32 arithmetic always keeps f32
+  // What keys and values are stored as: f32, bf16, or i8 with a scale for each key and each value. With f32 arithmetic
+  // bf16 means f32.
+  DType kv = DType::bf16;
+  /// Whether keys and values are dropped that no later query can see, where a layer's mechanism says which these are
+  /// (a sliding window does).
+  bool drop = true;
+  /// Tokens by which truncate() can go back from what was held, dropped ones notwithstanding, at least 1.
+  Index rewind = 64;
 };
 
 /// Where the time and the work of a session went since it began or since reset_stats().
@@ -91,7 +103,8 @@ struct SessionStats {
   double attention_s = 0, linear_s = 0, plan_s = 0, other_s = 0, output_s = 0;
   AttendStats attend;  // replaced layers only (all global layers under dense)
   Index dense_pairs = 0;  // of the same calls
-  Index kv_bytes = 0, scratch_bytes = 0;
+  Index kv_bytes = 0, scratch_bytes = 0;  // now, what was dropped not counted; most
+  Index kv_read_bytes = 0;  // bytes of keys and values, in panels, that attention read, all layers
   Index peak_bytes = 0;  // KV cache, scratch of all threads, activations
 };
 
@@ -109,8 +122,9 @@ class Session {
   ~Session();
 
   /// Feeds tokens in chunks; returns the logits after the last one, [vocabulary]. Throws Error when
-  /// a token is out of range, when they do not fit the context, and when the mechanism needs the
-  /// whole prompt at once and tokens are held already. After an exception the tokens are forgotten.
+  /// a token is out of range, when they do not fit the context, when the mechanism needs the
+  /// whole prompt at once and tokens are held already, and when it sees more in a second prompt than was
+  /// kept of the first. After an exception the tokens are forgotten.
   const std::vector<float>& prefill(const std::vector<Token>& tokens, const Progress& progress = {});
   /// Feeds one token (decode phase); returns the logits after it.
   const std::vector<float>& decode(Token token);
@@ -120,7 +134,8 @@ class Session {
   std::vector<double> score_hidden(const Progress& progress = {});
 
   Index size() const;  // tokens held
-  /// Forgets all tokens from `size` on.
+  /// Forgets all tokens from `size` on. Throws Error where tokens that follow would see some that were dropped, which
+  /// cannot be for 0 nor for options.rewind tokens less than are held.
   void truncate(Index size);
   const SessionStats& stats() const;
   void reset_stats();

@@ -51,7 +51,7 @@ void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv
   few.append(keys, keys);
   std::any memory;
   in.rule.scale = 1, in.prompt = tokens, in.kv = &few, in.memory = &memory;
-  in.q = Queries({zeros.data(), DType::f32, {1, info.heads, in.problem.N, info.head_size}}, kv);
+  in.q = Queries({zeros.data(), DType::f32, {1, info.heads, in.problem.N, info.head_size}}, few.arithmetic());
   m.plan(chosen.params, in);
 }
 
@@ -64,7 +64,7 @@ constexpr Index score_panels = 8;   // panels of outputs that one unit multiplie
 
 struct Session::State {
   State(const Model& m, const SessionOptions& o, Index context)
-      : model(m), options(o), forward(m, o.kv, context), chosen(o.use.call, o.use.calibration.get()),
+      : model(m), options(o), forward(m, o.kv, context, o.rewind), chosen(o.use.call, o.use.calibration.get()),
         dense(MechanismCall{"dense", {}}) {
     const ModelInfo& info = m.info();
     if (info.window > 0)
@@ -101,6 +101,10 @@ struct Session::State {
     const Mechanism& m = *chosen.mechanism;
     const bool able = phase == Phase::prefill || !m.square || (m.decodes != nullptr && m.decodes(chosen.params));
     return replaced[i] && covers(options.use.phase, phase) && able ? chosen : dense;
+  }
+  Forward::Attending attending(Index layer) const {
+    const bool same = &chosen_for(layer, Phase::prefill) == &chosen_for(layer, Phase::decode);
+    return {.counted = replaced[static_cast<size_t>(layer)], .drop = options.drop && same};
   }
   bool whole_prompt(Phase phase) const {
     if (phase != Phase::prefill || std::find(replaced.begin(), replaced.end(), true) == replaced.end()) return false;
@@ -156,7 +160,7 @@ void Session::State::feed(const std::vector<Token>& tokens, Phase phase, bool ke
     const Stopwatch output(forward.stats.output_s);
     forward.logits(last.data(), logits);
   } catch (...) {
-    forward.truncate(before);
+    forward.give_up();
     hidden_tokens.clear();
     throw;
   }
@@ -174,7 +178,7 @@ void Session::State::feed_chunk(const Token* tokens, Index n, Phase phase, float
 void Session::State::layer_step(Index layer, Index n, Index position, Phase phase, float* rows) {
   q.reach(n * forward.query_width()), mixed.reach(n * forward.query_width());
   forward.project(layer, rows, n, position, q.data());
-  forward.attend(layer, chosen_for(layer, phase), q.data(), n, mixed.data(), replaced[static_cast<size_t>(layer)]);
+  forward.attend(layer, chosen_for(layer, phase), q.data(), n, mixed.data(), attending(layer));
   forward.finish(layer, mixed.data(), n, rows);
 }
 
@@ -194,7 +198,7 @@ void Session::State::feed_by_layers(const std::vector<Token>& tokens, bool keep_
       chunks([&](Index first, Index rows) {
         forward.project(layer, x.data() + first * width, rows, first, q.data() + first * query_width);
       });
-      forward.attend(layer, how, q.data(), n, mixed.data(), replaced[static_cast<size_t>(layer)]);
+      forward.attend(layer, how, q.data(), n, mixed.data(), attending(layer));
       chunks([&](Index first, Index rows) {
         forward.finish(layer, mixed.data() + first * query_width, rows, x.data() + first * width);
       });
@@ -288,9 +292,10 @@ Session::Session(const Model& model, const SessionOptions& asked) {
   if (options.context < 1 || options.context > info.context)
     fail("context = {} tokens, expected 1 … {}, the model's", options.context, info.context);
   if (options.chunk < 1) fail_usage("chunk = {}, expected >= 1", options.chunk);
-  if (options.kv != DType::f32 && options.kv != DType::bf16)
-    fail_usage("kv = {}, expected f32 or bf16", name_of(options.kv));
-  if (model.arithmetic() == DType::f32) options.kv = DType::f32;
+  if (options.rewind < 1) fail_usage("rewind = {}, expected >= 1", options.rewind);
+  if (options.kv != DType::f32 && options.kv != DType::bf16 && options.kv != DType::i8)
+    fail_usage("kv = {}, expected f32, bf16 or i8", name_of(options.kv));
+  options.kv = stored_kv(model.arithmetic(), options.kv);
   check_layers(options.use, info);
   check_mechanism(find_mechanism(options.use.call.name));
   reset_scratch_peak();  // what earlier sessions used is not this one's

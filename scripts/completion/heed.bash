@@ -45,7 +45,8 @@ _heed() {
       ;;
     explain) choices=$(_heed_mechanisms "$1" | grep -v :) ;;
     bench) choices='peak attend linear prefill decode' ;;
-    --dtype | --kv) choices='f32 bf16' ;;
+    --dtype) choices='f32 bf16' ;;
+    --kv | --kv-type) choices='f32 bf16 q8_0' ;;
     --phase) choices='prefill decode both' ;;
     --color) choices='auto always never' ;;
     --chat) choices='auto off' ;;

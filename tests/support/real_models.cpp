@@ -40,10 +40,10 @@ std::vector<model::Token> bible_tokens(const model::Model& model, Index count) {
   return ids;
 }
 
-double bible_nll(const model::Model& model, Index tokens, const std::string& call) {
+double bible_nll(const model::Model& model, Index tokens, const std::string& call, DType kv) {
   model::SessionOptions options;
   options.use.call = MechanismCall::parse(call);
-  options.context = tokens;
+  options.context = tokens, options.kv = kv;
   model::Session session(model, options);
   session.prefill_keeping_hidden(bible_tokens(model, tokens));
   const std::vector<double> nll = session.score_hidden();

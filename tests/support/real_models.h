@@ -19,6 +19,6 @@ const model::Model& real_model(const std::string& file, DType arithmetic);
 /// BOS where the model adds one, then the first tokens of the bible: `count` in all.
 std::vector<model::Token> bible_tokens(const model::Model& model, Index count);
 /// Mean negative log-likelihood of positions 1 … tokens - 1 under a mechanism ("moba:block=64").
-double bible_nll(const model::Model& model, Index tokens, const std::string& call);
+double bible_nll(const model::Model& model, Index tokens, const std::string& call, DType kv = DType::bf16);
 
 }  // namespace heed::test
