@@ -105,6 +105,12 @@ void say_rates(Index read, double read_s, Index written, double written_s) {
                rate(written, written_s));
 }
 
+void say_memory(const ModelOptions& options, const model::SessionStats& stats) {
+  const bool wide = options.dtype == "f32" && options.kv == "bf16";
+  fmt::print(stderr, "memory: {} of keys and values in {}; at most {}, weights apart\n", bytes_text(stats.kv_bytes),
+             wide ? "f32" : options.kv, bytes_text(stats.peak_bytes));
+}
+
 void run_model(const Options& options) {
   if (options.model.file.empty() && !options.has_prompt)
     fail_usage("run: nothing to read, expected --prompt or --file");
@@ -143,6 +149,7 @@ void run_model(const Options& options) {
   const double decode_start = now();
   const Index written = generate(opened, session, sampler, &logits, std::min(options.count, context - length + 1));
   say_rates(length, prefill_s, written, now() - decode_start);
+  say_memory(options.model, session.stats());
 }
 
 }  // namespace
