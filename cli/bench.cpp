@@ -76,13 +76,17 @@ void bench_peak(const std::string& json_path) {
   Json json{{"machine", machine_name()}, {"isa", kernels().name}, {"threads", threads()}};
   std::vector<int> counts{1};
   if (threads() > 1) counts.push_back(threads());
-  if (json_path != "-") fmt::print("{:<22}{:>12}{:>12}{:>14}\n", "", "f32 GF/s", "bf16 GF/s", "read GB/s");
+  if (json_path != "-")
+    fmt::print("{:<22}{:>12}{:>12}{:>12}{:>14}\n", "", "f32 GF/s", "bf16 GF/s", "int8 GO/s", "read GB/s");
   for (int n : counts) {
-    const double f32 = peak_of(kernels().peak_f32, n), bf16 = peak_of(kernels().peak_bf16, n), read = bandwidth(n);
+    const double f32 = peak_of(kernels().peak_f32, n), bf16 = peak_of(kernels().peak_bf16, n),
+                 int8 = peak_of(kernels().peak_int8, n), read = bandwidth(n);
+    const auto some = [](double x) { return x > 0 ? fmt::format("{:.0f}", x * 1e-9) : "-"; };
     if (json_path != "-")
-      fmt::print("{:<22}{:>12.0f}{:>12}{:>14.1f}\n", fmt::format("{} × {}", n, kernels().name), f32 * 1e-9,
-                 bf16 > 0 ? fmt::format("{:.0f}", bf16 * 1e-9) : "-", read * 1e-9);
-    json["peaks"].push_back({{"threads", n}, {"f32_flops", f32}, {"bf16_flops", bf16}, {"read_bytes_per_s", read}});
+      fmt::print("{:<22}{:>12.0f}{:>12}{:>12}{:>14.1f}\n", fmt::format("{} × {}", n, kernels().name), f32 * 1e-9,
+                 some(bf16), some(int8), read * 1e-9);
+    json["peaks"].push_back(
+        {{"threads", n}, {"f32_flops", f32}, {"bf16_flops", bf16}, {"int8_ops", int8}, {"read_bytes_per_s", read}});
   }
   write_json(json_path, json);
 }

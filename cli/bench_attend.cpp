@@ -8,8 +8,10 @@
 #include <memory>
 #include <optional>
 
+#include "cli/attend_reference.h"
 #include "cli/bench.h"
 #include "cli/tensors.h"
+#include "cli/torch_attend.h"
 #include "heed/base/random.h"
 #include "heed/base/threads.h"
 #include "heed/exec/cost.h"
@@ -20,7 +22,7 @@ namespace heed::cli {
 namespace {
 
 struct Options {
-  std::vector<std::string> mechanisms;
+  std::vector<std::string> mechanisms, against;
   std::string input, dtype = "both", json;
   Index length = 8192, heads = 2, kv_heads = 0, head_size = 64;
   int repeat = 5;
@@ -58,113 +60,69 @@ void fill(const Options& o, Tensors& t) {
   }
 }
 
-// Largest error of a few rows against f64, relative to the largest value: a wrong answer is no speed. Keys and
-// values are those that the plan's sources hold. Nothing for plans whose scores are not just scaled products.
-std::optional<double> error_of(const Plan& plan, const float* o) {
-  const Problem& p = plan.problem;
-  if (!plan.rule.plain() || !plan.output_by_token) return {};
-  const std::vector<Index> rows{0, p.N / 3, p.N / 2, p.N - 1};
-  const auto element = [](const PanelLayout& layout, const void* data, Index at) {
-    return static_cast<double>(layout.dtype == DType::f32 ? static_cast<const float*>(data)[at]
-                                                          : to_f32(static_cast<const bf16*>(data)[at]));
-  };
-  struct Sum {
-    double weight = 0;
-    std::vector<double> value;
-  };
-  std::map<std::pair<Index, Index>, Sum> sums;
-  std::vector<float> q(static_cast<size_t>(p.D));
-  bool gated = false;
-  walk(plan, [&](const RowBlock& block, const std::vector<Tile>& tiles) {
-    for (const Tile& tile : tiles) {
-      gated = gated || tile.gated;
-      const Source& source = plan.sources[static_cast<size_t>(tile.source)];
-      const PanelLayout& layout = source.layout;
-      const SourceView& view = source.views[static_cast<size_t>(
-          source.per_query_head ? block.b * p.Hq + block.head : block.b * p.Hk + block.kv_head)];
-      for (Index i = 0; i < tile.rows.count; ++i) {
-        const Index token = block.token(tile.rows[i]);
-        if (std::find(rows.begin(), rows.end(), token) == rows.end()) continue;
-        plan.queries.read(block.b, block.head, token, q.data());
-        Sum& sum = sums[{block.b * p.Hq + block.head, token}];
-        sum.value.resize(static_cast<size_t>(p.Dv));
-        for (Index c = 0; c < tile.columns.count; ++c) {
-          if (!sees(plan, block, tile, i, c)) continue;
-          const Index column = tile.columns[c];
-          double s = 0;
-          for (Index f = 0; f < p.D; ++f)
-            s += static_cast<double>(q[static_cast<size_t>(f)]) *
-                 element(layout, view.keys, layout.key_offset(column, f));
-          s *= static_cast<double>(plan.rule.scale);
-          if (view.log_weight != nullptr) s += static_cast<double>(view.log_weight[column]);
-          const double w = std::exp(s);
-          sum.weight += w;
-          for (Index e = 0; e < p.Dv; ++e)
-            sum.value[static_cast<size_t>(e)] += w * element(layout, view.values, layout.value_offset(column, e));
-        }
-      }
-    }
-  });
-  if (gated) return {};
-  double worst = 0, most = 0;
-  for (const auto& [key, sum] : sums)
-    for (Index e = 0; e < p.Dv && sum.weight > 0; ++e) {
-      const double want = sum.value[static_cast<size_t>(e)] / sum.weight;
-      most = std::max(most, std::abs(want));
-      worst = std::max(worst, std::abs(want - static_cast<double>(o[(key.first * p.N + key.second) * p.Dv + e])));
-    }
-  return worst / most;
-}
-
 // One mechanism timed: planning and attending. Checks and packing, which every mechanism pays alike, stand apart.
 struct Timing {
-  double best_s = 0, median_s = 0, plan_s = 0, pack_s = 0, density = 0, flops = 0;
-  double predicted_s = 0;  // of attending, by the cost model
+  Runs runs;
+  double plan_s = 0, pack_s = 0, density = 0, flops = 0;
+  double whole_s = 0;      // of the fastest run from tensors to output, packing included
+  Cost cost;               // of attending, as predicted
   AttendStats stats;
   std::optional<double> error;
+  bool torch = false;  // torch has run the same
 };
 
-Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat, const Machine& machine) {
+Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat, const Machine& machine,
+               TorchAttend* torch) {
   Timing t;
-  std::vector<double> seconds;
   Tensor o;
   for (int i = 0; i <= repeat; ++i) {
     double start = seconds_now();
     const CheckedCall checked = check(call, in);
-    t.pack_s = seconds_now() - start;
+    const double pack_s = seconds_now() - start;
     start = seconds_now();
     const Plan plan = checked.plan();
-    const double plan_s = seconds_now() - start;
+    double seconds = seconds_now() - start;
+    const double planned_s = seconds;
     const Problem& p = plan.problem;
     const Index r = plan.rows_per_head();
     if (o.size() != p.B * p.Hq * r * p.Dv) o = Tensor(DType::f32, {p.B, p.Hq, r, p.Dv});
     const AttendStats stats = attend(plan, {o.as<float>(), p.Hq * r * p.Dv, r * p.Dv, p.Dv, nullptr});
     if (i == 0) {  // warm-up
-      t.error = error_of(plan, o.as<float>());
-      t.predicted_s = predict(plan, machine).seconds;
+      const std::optional<ReferenceRows> reference = ReferenceRows::of(checked, in, plan);
+      if (reference)
+        t.error = reference->error([&](Index head, size_t rank, Index e) {
+          return static_cast<double>(o.as<float>()[(head * p.N + reference->tokens()[rank]) * p.Dv + e]);
+        });
+      t.cost = predict(plan, machine);
+      t.torch = torch != nullptr && torch->take_up(call, in, plan, stats, reference);
       continue;
     }
-    seconds.push_back(plan_s + stats.plan_s + stats.attend_s);
-    if (seconds.back() > *std::min_element(seconds.begin(), seconds.end())) continue;
-    t.stats = stats, t.plan_s = plan_s + stats.plan_s;
+    seconds += stats.plan_s + stats.attend_s;
+    t.whole_s = t.runs.empty() ? pack_s + seconds : std::min(t.whole_s, pack_s + seconds);
+    t.runs.add(seconds);
+    if (t.torch) torch->run();
+    if (seconds > t.runs.best()) continue;
+    t.stats = stats, t.plan_s = planned_s + stats.plan_s, t.pack_s = pack_s;
     t.flops = 2.0 * static_cast<double>(stats.pairs) * static_cast<double>(p.D + p.Dv);
     t.density = static_cast<double>(stats.pairs) / static_cast<double>(dense_pairs(p));
   }
-  std::sort(seconds.begin(), seconds.end());
-  t.best_s = seconds.front(), t.median_s = seconds[seconds.size() / 2];
   return t;
 }
 
 class Bench {
  public:
-  explicit Bench(const Options& o)
-      : o_(o), peaks_(peaks()),
-        machine_{.isa = "", .f32_flops = peaks_.f32, .bf16_flops = peaks_.bf16, .read_bytes = bandwidth(threads())} {
+  explicit Bench(const Options& o) : o_(o) {
     fill(o, tensors_);
     const Shape &q = tensors_.input.q.shape, &k = tensors_.input.k.shape;
     if (q.size() != 4 || k.size() != 4) check({"dense", {}}, tensors_.input);  // says what is wrong with them
-    json_ = {{"isa", kernels().name}, {"threads", threads()}, {"length", q.at(2)},      {"heads", q.at(1)},
-             {"kv_heads", k.at(1)},   {"head_size", q.at(3)}, {"f32_peak", peaks_.f32}, {"bf16_peak", peaks_.bf16}};
+    if (!o.against.empty()) torch_.emplace(tensors_.input);
+    peaks_ = peaks();
+    machine_ = {.isa = "", .f32_flops = peaks_.f32, .bf16_flops = peaks_.bf16, .read_bytes = bandwidth(threads())};
+    json_ = {{"machine", machine_name()}, {"isa", kernels().name},
+             {"threads", threads()},      {"length", q.at(2)},
+             {"heads", q.at(1)},          {"kv_heads", k.at(1)},
+             {"head_size", q.at(3)},      {"f32_peak", peaks_.f32},
+             {"bf16_peak", peaks_.bf16},  {"read_bytes_per_s", machine_.read_bytes}};
     if (quiet()) return;
     fmt::print("{}, {} threads, q {}, k {}; peaks: f32 {:.0f} GF/s, bf16 {:.0f} GF/s\n\n"
                "{:<44}{:>6}{:>10}{:>10}{:>9}{:>8}{:>9}{:>9}{:>10}{:>10}{:>11}\n",
@@ -185,14 +143,21 @@ class Bench {
     }
   }
 
-  /// The cost model's median error over all that was timed.
+  /// The cost model's median error over all that was timed, and what else the table needs said.
   void conclude() {
     if (off_.empty()) return;
     std::sort(off_.begin(), off_.end());
     json_["median_prediction_error"] = off_[off_.size() / 2];
-    if (!quiet())
-      fmt::print("\npredicted: seconds of attending by the cost model beside those measured; median error {:.0f} %\n",
-                 100 * off_[off_.size() / 2]);
+    if (quiet()) return;
+    fmt::print("\nerror: largest difference from f64 over the largest value, on four rows a head; in bf16 the rounding "
+               "of q, k "
+               "and v is part of it\n"
+               "predicted: seconds of attending by the cost model beside those measured; median error {:.0f} %\n",
+               100 * off_[off_.size() / 2]);
+    if (torch_)
+      fmt::print("{}: the last column says how many times as long as heed it takes, heed's packing of keys and values "
+                 "included\n",
+                 torch_->peer().title());
   }
 
   const Json& json() const { return json_; }
@@ -208,35 +173,64 @@ class Bench {
     std::erase_if(in.extra, [&](const auto& extra) {
       return std::none_of(m.extras.begin(), m.extras.end(), [&](const ExtraSpec& e) { return e.name == extra.first; });
     });
-    const Timing t = time_of(call, in, o_.repeat, machine_);
-    const double rate = t.flops / t.best_s, peak = dtype == DType::bf16 && peaks_.bf16 > 0 ? peaks_.bf16 : peaks_.f32;
-    if (call.name == "dense") dense_s_[causal] = t.best_s;
+    const Timing t = time_of(call, in, o_.repeat, machine_, torch_ ? &*torch_ : nullptr);
+    const double best = t.runs.best(), rate = t.flops / best;
+    const double peak = dtype == DType::bf16 && peaks_.bf16 > 0 ? peaks_.bf16 : peaks_.f32;
+    if (call.name == "dense") dense_s_[causal] = best;
     const auto dense = dense_s_.find(causal);
-    const double excess = dense == dense_s_.end() ? 0 : t.best_s / (dense->second * t.density);
-    const double attend_s = t.best_s - t.plan_s, off = t.predicted_s / attend_s - 1;
+    const double excess = dense == dense_s_.end() ? 0 : best / (dense->second * t.density);
+    const double off = t.cost.seconds / (best - t.plan_s) - 1;
     off_.push_back(std::abs(off));
     const std::string name = causal ? text : text + " (full)";
     if (!quiet())
       fmt::print("{:<44}{:>6}{:>10.4f}{:>10.4f}{:>9.0f}{:>8.1f}{:>9.1f}{:>9.4f}{:>10}{:>10}{:>+9.0f} %\n", name,
-                 name_of(dtype), t.best_s, t.median_s, rate * 1e-9, 100 * rate / peak, 100 * t.plan_s / t.best_s,
-                 t.density, excess > 0 ? fmt::format("{:.2f}", excess) : "-",
-                 t.error ? fmt::format("{:.1e}", *t.error) : "-", 100 * off);
+                 name_of(dtype), best, t.runs.median(), rate * 1e-9, 100 * rate / peak, 100 * t.plan_s / best,
+                 t.density, excess > 0 ? fmt::format("{:.2f}", excess) : "-", error_text(t.error), 100 * off);
     json_["results"].push_back({{"mechanism", text},
                                 {"causal", causal},
                                 {"dtype", name_of(dtype)},
-                                {"best_s", t.best_s},
-                                {"median_s", t.median_s},
+                                {"best_s", best},
+                                {"median_s", t.runs.median()},
                                 {"plan_s", t.plan_s},
                                 {"pack_s", t.pack_s},
-                                {"predicted_attend_s", t.predicted_s},
+                                {"predicted_attend_s", t.cost.seconds},
                                 {"flops_per_s", rate},
                                 {"share_of_peak", rate / peak},
+                                {"bytes", t.cost.bytes},
                                 {"density", t.density},
                                 {"time_over_dense_times_density", excess},
                                 {"max_relative_error", t.error ? Json(*t.error) : Json()},
                                 {"pairs", t.stats.pairs},
                                 {"pairs_computed", t.stats.pairs_computed},
                                 {"tiles_visited", t.stats.tiles_visited}});
+    if (torch_) compare(t, dtype, peak);
+  }
+
+  // torch's line, and its part of the last result.
+  void compare(const Timing& t, DType dtype, double peak) {
+    Json& torch = json_["results"].back()["against"]["torch"];
+    if (!t.torch) {
+      if (!quiet()) fmt::print("  {} has no such mask\n", torch_->peer().title());
+      return;
+    }
+    const Runs& runs = torch_->runs();
+    const double rate = t.flops / runs.best(), ratio = runs.best() / t.whole_s;
+    torch = {{"version", torch_->peer().version()},
+             {"function", torch_->function()},
+             {"best_s", runs.best()},
+             {"median_s", runs.median()},
+             {"ours_s", t.whole_s},
+             {"ratio", ratio},
+             {"share_of_peak", rate / peak},
+             {"max_relative_error", torch_->error() ? Json(*torch_->error()) : Json()}};
+    if (!quiet())
+      fmt::print("{:<44}{:>6}{:>10.4f}{:>10.4f}{:>9.0f}{:>8.1f}{:>9}{:>9}{:>10}{:>10}{:>9.2f} ×\n",
+                 fmt::format("  {} {}", torch_->peer().title(), torch_->function()), name_of(dtype), runs.best(),
+                 runs.median(), rate * 1e-9, 100 * rate / peak, "", "", "", error_text(torch_->error()), ratio);
+  }
+
+  static std::string error_text(const std::optional<double>& error) {
+    return error ? fmt::format("{:.1e}", *error) : "-";
   }
 
   const Options& o_;
@@ -244,6 +238,7 @@ class Bench {
   Machine machine_;
   std::vector<double> off_;
   Tensors tensors_;
+  std::optional<TorchAttend> torch_;
   Json json_;
   std::map<bool, double> dense_s_;  // by causality
 };
@@ -281,6 +276,7 @@ void add_bench_attend(CLI::App& bench, Job& job) {
   command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
   command->add_option("--seed", o->seed, "Seed of the random numbers")->check(whole_number(0))->capture_default_str();
   command->add_flag("--full", o->full, "Not causal, where a mechanism leaves the choice");
+  add_against(*command, o->against, {"torch"});
   command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("F");
   command->callback([&job, o] { job = [o] { bench_attend(*o); }; });

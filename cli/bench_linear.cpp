@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <set>
 
 #include "cli/bench.h"
+#include "cli/peer.h"
 #include "cli/terminal.h"
 #include "heed/base/random.h"
 #include "heed/base/threads.h"
@@ -19,18 +21,22 @@ namespace {
 
 struct Options {
   std::string path, dtype = "bf16", json;
+  std::vector<std::string> against;
   Index rows = 512;
   int repeat = 7;
 };
 
-double best_seconds(int repeat, const std::function<void()>& work) {
-  double best = 1e300;
+// The fastest of several runs; `after` follows each.
+double best_seconds(int repeat, const std::function<void()>& work, const std::function<void()>& after = {}) {
+  Runs runs;
   for (int i = 0; i <= repeat; ++i) {
     const double start = seconds_now();
     work();
-    if (i > 0) best = std::min(best, seconds_now() - start);  // the first is a warm-up
+    const double seconds = seconds_now() - start;
+    if (i > 0) runs.add(seconds);  // the first is a warm-up
+    if (after) after();
   }
-  return best;
+  return runs.best();
 }
 
 std::vector<float> random_values(Index n) {
@@ -43,6 +49,8 @@ std::vector<float> random_values(Index n) {
 void bench_linear(const Options& o) {
   const model::Gguf file = model::Gguf::open(o.path);
   const DType dtype = dtype_named(o.dtype);
+  std::optional<Peer> torch;
+  if (!o.against.empty()) torch.emplace("torch", "torch_linear", Json::object({{"threads", threads()}}));
   const Peaks machine = peaks();
   const double peak = dtype == DType::bf16 && machine.bf16 > 0 ? machine.bf16 : machine.f32,
                read = bandwidth(threads());
@@ -50,9 +58,9 @@ void bench_linear(const Options& o) {
             {"dtype", o.dtype},          {"rows", o.rows},        {"peak", peak},         {"read_bytes_per_s", read}};
   const bool quiet = o.json == "-";
   if (!quiet)
-    fmt::print("{}, {} threads, {}; peak {:.0f} GF/s, reading {:.1f} GB/s\n\n{:<26}{:>8}{:>16}{:>10}{:>9}\n",
+    fmt::print("{}, {} threads, {}; peak {:.0f} GF/s, reading {:.1f} GB/s\n\n{:<26}{:>8}{:>16}{:>10}{:>9}{}\n",
                kernels().name, threads(), o.dtype, peak * 1e-9, read * 1e-9, "", "format", "inputs→outputs", "GF/s",
-               "% peak");
+               "% peak", torch ? fmt::format("{:>16}{:>10}", torch->title(), "ratio") : "");
 
   std::set<std::tuple<Index, Index, std::string>> seen;  // one of each kind is timed
   std::vector<model::Linear> all;
@@ -69,11 +77,19 @@ void bench_linear(const Options& o) {
     model::Activations x;
     x.assign(values.data(), o.rows, inputs, dtype);
     const model::Linear::Job job{&linear, y.data(), ldy};
-    const double seconds = best_seconds(o.repeat, [&] { model::Linear::apply_all(x, {&job, 1}); });
-    const double rate = 2.0 * static_cast<double>(o.rows * inputs * outputs) / seconds;
+    Runs theirs;
+    const Json same{{"dtype", o.dtype}, {"rows", o.rows}, {"inputs", inputs}, {"outputs", outputs}};
+    const double seconds = best_seconds(
+        o.repeat, [&] { model::Linear::apply_all(x, {&job, 1}); },
+        [&] {
+          if (torch) theirs.add(torch->run(same));
+        });
+    const double flops = 2.0 * static_cast<double>(o.rows * inputs * outputs), rate = flops / seconds;
     if (!quiet)
-      fmt::print("{:<26}{:>8}{:>16}{:>10.0f}{:>9.1f}\n", w.name, format, fmt::format("{}→{}", inputs, outputs),
-                 rate * 1e-9, 100 * rate / peak);
+      fmt::print(
+          "{:<26}{:>8}{:>16}{:>10.0f}{:>9.1f}{}\n", w.name, format, fmt::format("{}→{}", inputs, outputs), rate * 1e-9,
+          100 * rate / peak,
+          torch ? fmt::format("{:>16.0f}{:>8.2f} ×", flops / theirs.best() * 1e-9, theirs.best() / seconds) : "");
     json["results"].push_back({{"tensor", w.name},
                                {"format", format},
                                {"inputs", inputs},
@@ -81,6 +97,11 @@ void bench_linear(const Options& o) {
                                {"seconds", seconds},
                                {"flops_per_s", rate},
                                {"share_of_peak", rate / peak}});
+    if (torch)
+      json["results"].back()["against"]["torch"] = {{"version", torch->version()},
+                                                    {"seconds", theirs.best()},
+                                                    {"flops_per_s", flops / theirs.best()},
+                                                    {"ratio", theirs.best() / seconds}};
   }
   // One row goes through every matrix once, as a token that is decoded does: no cache holds them all.
   const std::vector<float> x = random_values(widest);
@@ -116,6 +137,7 @@ void add_bench_linear(CLI::App& bench, Job& job) {
       ->check(one_of({"f32", "bf16"}))
       ->capture_default_str();
   command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
+  add_against(*command, o->against, {"torch"});
   command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("F");
   command->callback([&job, o] { job = [o] { bench_linear(*o); }; });

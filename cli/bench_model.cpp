@@ -3,10 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <deque>
+#include <map>
 #include <memory>
 
 #include "cli/bench.h"
 #include "cli/models.h"
+#include "cli/peer.h"
 #include "cli/terminal.h"
 #include "heed/base/random.h"
 #include "heed/base/threads.h"
@@ -17,7 +20,7 @@ namespace {
 
 struct Options {
   std::string path, dtype = "bf16", kv = "bf16", json, lengths = "512,2048";
-  std::vector<std::string> mechanisms;
+  std::vector<std::string> mechanisms, against;
   Index chunk = 512, steps = 32;
   int repeat = 3;
 };
@@ -29,14 +32,59 @@ std::vector<model::Token> random_tokens(Index n, Index vocabulary) {
   return ids;
 }
 
+// Another program on the same file and tokens. It runs beside the first mechanism at a length, run for run, and what it
+// took then stands beside the others, too.
+class Opponent {
+ public:
+  Opponent(const std::string& name, const std::string& path, Index context)
+      : peer_(name, script_of(name), setup_of(name, path, context)) {}
+
+  /// `steps` = 0: reads the first `length` ids; else generates for `steps` ids after them.
+  void run(const std::vector<model::Token>& ids, Index length, Index steps, int repeat) {
+    Taken& taken = by_length_[length];
+    if (taken.runs++ >= repeat) return;
+    taken.seconds.add(peer_.run({{"ids", ids}, {"steps", steps}}));
+  }
+  double best(Index length) const { return by_length_.at(length).seconds.best(); }
+  const Peer& peer() const { return peer_; }
+
+ private:
+  static std::string script_of(const std::string& name) {
+    return name == "llama.cpp" ? "llama_cpp_model" : "openvino_model";
+  }
+  static Json setup_of(const std::string& name, const std::string& path, Index context) {
+    const size_t colon = name.find(':');
+    return {{"threads", threads()},
+            {"model", path},
+            {"context", context},
+            {"mode", colon == std::string::npos ? "dense" : name.substr(colon + 1)}};
+  }
+
+  struct Taken {
+    int runs = 0;
+    Runs seconds;
+  };
+  Peer peer_;
+  std::map<Index, Taken> by_length_;
+};
+
 // Rows of {mechanism, length, tokens a second, where the time went}.
 class Bench {
  public:
   Bench(const Options& o, bool decode) : o_(o), decode_(decode) {
     const DType dtype = dtype_named(o.dtype);
     lengths_ = whole_numbers("--length", o.lengths, 1, Index{1} << 24);
+    const Index longest = *std::max_element(lengths_.begin(), lengths_.end());
+    for (const std::string& name : o.against) opponents_.emplace_back(name, o.path, longest + (decode ? o.steps : 0));
     model_ = model::Model::load(o.path, dtype);
-    if (decode) read_ = bandwidth(threads());
+    if (decode) {
+      read_ = bandwidth(threads());
+    } else {
+      const Peaks machine = peaks();
+      peak_ = dtype == DType::bf16 && machine.bf16 > 0 ? machine.bf16 : machine.f32;
+      for (const model::GgufTensor& w : model::Gguf::open(o.path).tensors())
+        if (w.name.rfind("blk.", 0) == 0 && w.shape.size() == 2) weights_ += elements(w.shape);
+    }
     json_ = {{"machine", machine_name()},
              {"isa", kernels().name},
              {"threads", threads()},
@@ -45,12 +93,13 @@ class Bench {
              {"phase", decode ? "decode" : "prefill"},
              {"kv", o.kv}};
     if (decode) json_["read_bytes_per_s"] = read_;
+    else json_["peak"] = peak_;
     if (quiet()) return;
     fmt::print("{}, {} threads, {}, KV cache in {}, {}\n", kernels().name, threads(), o.dtype, o.kv,
                model_->info().name);
     if (decode) fmt::print("memory is read at {:.1f} GB/s\n", read_ * 1e-9);
     fmt::print("\n{:<36}{:>9}{:>12}{:>12}{:>12}{:>11}{}\n", "", decode ? "context" : "tokens", "tokens/s", "ms/token",
-               "attention", "linear", decode ? fmt::format("{:>13}{:>10}", "K, V GB/s", "of read") : "");
+               "attention", "linear", decode ? fmt::format("{:>13}{:>10}", "K, V GB/s", "of read") : "  % peak");
   }
 
   void run(const std::string& text) {
@@ -78,6 +127,7 @@ class Bench {
         else session.prefill(prompt);
         const double seconds = seconds_now() - start;
         if (seconds < best) best = seconds, stats = session.stats();
+        for (Opponent& other : opponents_) other.run(ids, length, tail, o_.repeat);
       }
       say(text, length, decode_ ? tail : length, best, stats);
     }
@@ -88,13 +138,27 @@ class Bench {
  private:
   bool quiet() const { return o_.json == "-"; }
 
+  // The layers' matrices meet every token, the output's the last one; attention counts the pairs it attended.
+  double prefill_flops(Index tokens, const model::SessionStats& s) const {
+    const model::ModelInfo& m = model_->info();
+    Index pairs = s.attend.pairs;
+    for (bool local : m.local) {
+      const Index reach = std::min(tokens, m.window);  // keys of the last query; the first ones have fewer
+      if (local) pairs += m.heads * (reach * (reach + 1) / 2 + (tokens - reach) * reach);
+    }
+    return 2.0 * (static_cast<double>(weights_) * static_cast<double>(tokens) +
+                  static_cast<double>(m.width * m.vocabulary) + 2.0 * static_cast<double>(pairs * m.head_size));
+  }
+
   void say(const std::string& text, Index length, Index tokens, double seconds, const model::SessionStats& s) {
     const double rate = static_cast<double>(tokens) / seconds;
     const double kv_rate = static_cast<double>(s.kv_read_bytes) / s.attention_s;
+    const double flops = decode_ ? 0 : prefill_flops(length, s);
     if (!quiet())
       fmt::print("{:<36}{:>9}{:>12.1f}{:>12.3f}{:>10.0f} %{:>9.0f} %{}\n", text, length, rate, 1e3 / rate,
                  100 * s.attention_s / seconds, 100 * s.linear_s / seconds,
-                 decode_ ? fmt::format("{:>13.1f}{:>8.0f} %", kv_rate * 1e-9, 100 * kv_rate / read_) : "");
+                 decode_ ? fmt::format("{:>13.1f}{:>8.0f} %", kv_rate * 1e-9, 100 * kv_rate / read_)
+                         : fmt::format("{:>8.1f}", 100 * flops / seconds / peak_));
     json_["results"].push_back({{"mechanism", text},
                                 {"length", length},
                                 {"tokens", tokens},
@@ -106,12 +170,29 @@ class Bench {
                                 {"plan_s", s.plan_s},
                                 {"kv_bytes", s.kv_bytes},
                                 {"kv_read_bytes", s.kv_read_bytes}});
+    if (!decode_) {
+      json_["results"].back()["flops"] = flops;
+      json_["results"].back()["share_of_peak"] = flops / seconds / peak_;
+    }
+    for (const Opponent& other : opponents_) {
+      const double theirs = other.best(length), ratio = theirs / seconds;
+      if (!quiet())
+        fmt::print("  {:<34}{:>9}{:>12.1f}{:>12.3f}{:>10.2f} ×\n", other.peer().title(), length,
+                   static_cast<double>(tokens) / theirs, 1e3 * theirs / static_cast<double>(tokens), ratio);
+      json_["results"].back()["against"][other.peer().name()] = {{"version", other.peer().version()},
+                                                                 {"seconds", theirs},
+                                                                 {"tokens_per_s", static_cast<double>(tokens) / theirs},
+                                                                 {"ratio", ratio}};
+    }
   }
 
   const Options& o_;
   bool decode_;
   double read_ = 0;  // bytes a second, of memory
+  double peak_ = 0;  // flops a second
+  Index weights_ = 0;  // of the layers' matrices
   std::vector<Index> lengths_;
+  std::deque<Opponent> opponents_;
   std::unique_ptr<model::Model> model_;
   Json json_;
 };
@@ -137,6 +218,8 @@ void add(CLI::App& bench, Job& job, bool decode) {
       ->check(one_of({"f32", "bf16", "q8_0"}))
       ->capture_default_str();
   command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
+  if (decode) add_against(*command, o->against, {"llama.cpp", "openvino"});
+  else add_against(*command, o->against, {"llama.cpp", "openvino", "openvino:trishape", "openvino:xattention"});
   command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
       ->type_name("F");
   command->callback([&job, o, decode] {

@@ -27,3 +27,6 @@ install(FILES ${PROJECT_BINARY_DIR}/heed.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/
 
 install(FILES docs/heed.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
 install(FILES scripts/completion/heed.bash DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions RENAME heed)
+
+# Other programs that `heed bench --against` times; the command finds them beside itself.
+install(DIRECTORY scripts/peers/ DESTINATION ${CMAKE_INSTALL_DATADIR}/heed/peers FILES_MATCHING PATTERN "*.py")

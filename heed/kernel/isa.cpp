@@ -52,9 +52,9 @@ bool intel() {
 bool amx_permitted() {
   unsigned a, b, c, d;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  const bool tiles = ((d >> 24) & 1u) != 0, tiles_bf16 = ((d >> 22) & 1u) != 0;
+  const bool tiles = ((d >> 24) & 1u) != 0, tiles_bf16 = ((d >> 22) & 1u) != 0, tiles_int8 = ((d >> 25) & 1u) != 0;
   constexpr long arch_req_xcomp_perm = 0x1023, xtile_data = 18;
-  return tiles && tiles_bf16 && syscall(SYS_arch_prctl, arch_req_xcomp_perm, xtile_data) == 0;
+  return tiles && tiles_bf16 && tiles_int8 && syscall(SYS_arch_prctl, arch_req_xcomp_perm, xtile_data) == 0;
 }
 #endif
 
@@ -68,7 +68,7 @@ const std::vector<Isa>& isas() {
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     list.push_back({&amx::table, has_bf16 && amx_permitted(), false});
     list.push_back({&avx512_bf16::table, has_bf16, !intel()});
     list.push_back({&avx512::table, has_avx512, true});

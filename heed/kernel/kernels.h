@@ -138,10 +138,11 @@ struct Kernels {
   // least of them the lower indices win, or the higher.
   void (*choose_top)(const float* scores, Index n, Index k, bool higher_wins, std::int32_t* chosen);
 
-  // Yardsticks: `steps` rounds of independent multiply-adds, returning the floating-point operations
-  // done; and one reading of n floats.
+  // Yardsticks: `steps` rounds of independent multiply-adds, returning the operations done, 0 where there is no such
+  // product (bf16: null); and one reading of n floats. int8: bytes, unsigned times signed.
   double (*peak_f32)(Index steps);
   double (*peak_bf16)(Index steps);
+  double (*peak_int8)(Index steps);
   float (*read_all)(const float* p, Index n);
 };
 

@@ -50,6 +50,7 @@ _heed() {
     --phase) choices='prefill decode both' ;;
     --color) choices='auto always never' ;;
     --chat) choices='auto off' ;;
+    --against) [[ $line =~ " bench "(attend|linear)" " ]] && choices=torch || choices='llama.cpp openvino' ;;
     --task) choices='perplexity passkey copy perplexity,passkey perplexity,passkey,copy' ;;
     *)
       if [[ $current == -* ]]; then

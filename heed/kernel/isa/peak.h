@@ -55,6 +55,51 @@ inline double peak_bf16(Index steps) {
 inline double peak_bf16(Index) { return 0; }
 #endif
 
+// Products of bytes, unsigned times signed, summed as 32-bit integers; an operation is a multiplication or an addition,
+// as above. Without dot products of bytes: pairs to 16 bits, pairs of those to 32, and an addition.
+#if defined(HEED_TILES) && !defined(HEED_TILES_EMULATED)
+inline double peak_int8(Index steps) {
+  alignas(64) static const std::uint8_t zeros[16 * 64] = {};
+  configure_tiles();
+  tile_load<4>(zeros, 64), tile_load<5>(zeros, 64), tile_load<6>(zeros, 64), tile_load<7>(zeros, 64);
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (Index step = 0; step < steps; ++step)
+    tile_dot_bytes<0, 4, 6>(), tile_dot_bytes<1, 4, 7>(), tile_dot_bytes<2, 5, 6>(), tile_dot_bytes<3, 5, 7>();
+  return 4.0 * 2 * 16 * 16 * 64 * static_cast<double>(steps);
+}
+#elif defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+inline I dot_bytes(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#elif defined(__AVX512BW__)
+inline I dot_bytes(I sum, I a, I b) {
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
+}
+#else
+inline I dot_bytes(I sum, I a, I b) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+#endif
+inline double peak_int8(Index steps) {
+  I sum[peak_sums] = {};
+  I a = bits_or(I{}, I{}), b = a;
+  for (Index step = 0; step < steps; ++step) {
+    asm volatile("" : "+x"(a), "+x"(b));
+#pragma GCC unroll 24
+    for (int i = 0; i < peak_sums; ++i) {
+      sum[i] = dot_bytes(sum[i], a, b);
+      asm volatile("" : "+x"(sum[i]));
+    }
+  }
+  I total{};
+  for (int i = 0; i < peak_sums; ++i) total = bits_or(total, sum[i]);
+  volatile float sink = sum_lanes(to_float(total));
+  (void)sink;
+  return 8.0 * W * peak_sums * static_cast<double>(steps);
+}
+#else
+inline double peak_int8(Index) { return 0; }
+#endif
+
 /// Reads n floats once; the sum keeps the reads alive.
 inline float read_all(const float* p, Index n) {
   F sum[4] = {zero(), zero(), zero(), zero()};

@@ -74,6 +74,7 @@ const Kernels table = {
     .choose_top = choose_top,
     .peak_f32 = peak_f32,
     .peak_bf16 = bf16_kernel(peak_bf16),
+    .peak_int8 = peak_int8,
     .read_all = read_all,
 };
 

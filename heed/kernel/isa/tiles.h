@@ -73,6 +73,11 @@ template <int c, int a, int b>
 inline void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
 }
+/// The same for unsigned bytes of A and signed ones of B, as 32-bit integers.
+template <int c, int a, int b>
+inline void tile_dot_bytes() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
 
 #endif
 

@@ -1,0 +1,35 @@
+"""torch's matrix product on shapes that heed has: y = x · W^T.
+
+Setup: threads. Run: dtype (f32, bf16), rows, inputs, outputs; answered with seconds. The values are random: only the time is
+compared.
+"""
+import time
+
+import peer
+
+
+class Linear:
+    def __init__(self, setup, channel):
+        import torch
+
+        self.torch = torch
+        self.version = torch.__version__.split("+")[0]
+        torch.set_num_threads(setup["threads"])
+        torch.set_grad_enabled(False)
+        self.key, self.operands = None, None
+
+    def run(self, request):
+        key = tuple(request[name] for name in ("dtype", "rows", "inputs", "outputs"))
+        if key != self.key:
+            dtype = self.torch.bfloat16 if key[0] == "bf16" else self.torch.float32
+            random = self.torch.Generator().manual_seed(1)
+            x = self.torch.randn(key[1], key[2], generator=random).to(dtype)
+            w = self.torch.randn(key[3], key[2], generator=random).to(dtype)
+            self.key, self.operands = key, (x, w)
+        start = time.perf_counter()
+        self.torch.nn.functional.linear(*self.operands)
+        return {"seconds": time.perf_counter() - start}
+
+
+if __name__ == "__main__":
+    peer.serve(Linear)
