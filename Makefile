@@ -6,6 +6,7 @@
 #   make test       everything that takes minutes; test-full adds every golden row
 #   make bench      what the machine can do, and how much of it the kernels reach
 #   make bars       every planner's time against the bound it must meet: minutes on a quiet machine
+#   make performance  docs/performance.md: the same and more beside other programs; some twelve minutes, alone
 #   make lint       format, warnings, clang-tidy; make format rewrites the sources
 #   make docs       docs/systems.md, from what the command says of its mechanisms
 #   make sanitize   the tests under the address and undefined-behaviour sanitizers
@@ -63,6 +64,13 @@ bench: build
 .PHONY: bars
 bars: build
 	scripts/bars.py --json build/bars.json
+
+.PHONY: performance
+performance: build
+	@scripts/fetch.sh smollm2 gemma3
+	@scripts/deps.sh peers
+	scripts/performance.py measure
+	scripts/performance.py render
 
 # The kernels' intrinsics are not clang-tidy's business; the compiler's warnings cover them.
 .PHONY: lint

@@ -64,12 +64,13 @@ void bench_linear(const Options& o) {
 
   std::set<std::tuple<Index, Index, std::string>> seen;  // one of each kind is timed
   std::vector<model::Linear> all;
-  Index widest = 0, longest = 0, bytes = 0;
+  Index widest = 0, longest = 0, bytes = 0, weights = 0;
   for (const model::GgufTensor& w : file.tensors()) {
     if (w.shape.size() != 2 || w.rows() < 2) continue;
     const model::Linear& linear = all.emplace_back(w, dtype, true);
     const Index inputs = linear.inputs(), outputs = linear.outputs(), ldy = round_up(outputs, Index{16});
     widest = std::max(widest, inputs), longest = std::max(longest, ldy), bytes += linear.file_bytes();
+    weights += inputs * outputs;
     const std::string format(name_of(w.format));
     if (!seen.insert({outputs, inputs, format}).second) continue;
     const std::vector<float> values = random_values(o.rows * inputs);
@@ -116,11 +117,8 @@ void bench_linear(const Options& o) {
   if (!quiet)
     fmt::print("\none row through {} matrices of {}: {:.2f} ms, {:.1f} GB/s, {:.0f} % of reading\n", all.size(),
                bytes_text(bytes), 1e3 * seconds, rate * 1e-9, 100 * rate / read);
-  json["one_row"] = {{"matrices", all.size()},
-                     {"bytes", bytes},
-                     {"seconds", seconds},
-                     {"bytes_per_s", rate},
-                     {"share_of_read", rate / read}};
+  json["one_row"] = {{"matrices", all.size()}, {"bytes", bytes},      {"weights", weights},
+                     {"seconds", seconds},     {"bytes_per_s", rate}, {"share_of_read", rate / read}};
   write_json(o.json, json);
 }
 
