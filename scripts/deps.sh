@@ -87,7 +87,7 @@ if [[ " ${*:-build} " == *" peers "* ]]; then
     # g++ 12 miscompiles llama.cpp's AMX kernels, which are compiled where this macro is set.
     CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -DLLAVA_BUILD=OFF" \
       CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc)} \
-      .venv/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36 ||
+      .venv/bin/python -m pip install -q llama-cpp-python==0.3.36 ||
       fail "pip could not build llama-cpp-python 0.3.36"
   fi
 fi
