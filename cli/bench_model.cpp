@@ -82,7 +82,8 @@ class Bench {
     } else {
       const Peaks machine = peaks();
       peak_ = dtype == DType::bf16 && machine.bf16 > 0 ? machine.bf16 : machine.f32;
-      for (const model::GgufTensor& w : model::Gguf::open(o.path).tensors())
+      const model::Gguf file = model::Gguf::open(o.path);
+      for (const model::GgufTensor& w : file.tensors())
         if (w.name.rfind("blk.", 0) == 0 && w.shape.size() == 2) weights_ += elements(w.shape);
     }
     json_ = {{"machine", machine_name()},
