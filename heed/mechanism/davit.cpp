@@ -61,7 +61,7 @@ Plan plan_davit(const Params& p, const Inputs& in) {
   return p.text("kind") == "window" ? plan_window(p, in) : plan_channel(p, in);
 }
 
-// Channels by tokens becomes tokens by channels; a channel's log-sum-exp belongs to no token.
+// Channels by tokens becomes tokens by channels.
 void finish_davit(const Params& p, const Inputs& in, const Plan&, AttendOutput& out) {
   if (p.text("kind") == "window") return;
   const Index heads = in.problem.B * in.problem.Hq, n = in.problem.N, c = in.problem.D;
@@ -70,7 +70,6 @@ void finish_davit(const Params& p, const Inputs& in, const Plan&, AttendOutput& 
     for (Index i = 0; i < c; ++i)
       for (Index t = 0; t < n; ++t) o.as<float>()[(head * n + t) * c + i] = out.o.as<float>()[(head * c + i) * n + t];
   out.o = std::move(o);
-  out.lse = Tensor(DType::f32, {0});
 }
 
 }  // namespace
@@ -99,6 +98,8 @@ const Mechanism& davit() {
       .extras = {},
       .not_on_models = "it is not causal: its windows lie on grids of images, its channels see all tokens",
       .plan = plan_davit,
+      // A channel's log-sum-exp belongs to no token.
+      .without_lse = [](const Params& p) { return p.text("kind") == "channel"; },
       .plan_gradient = [](const Params& p, const Inputs&) { return p.text("kind") == "window"; },
       .finish = finish_davit,
   };

@@ -30,6 +30,7 @@ struct ExtraSpec {
   std::vector<std::string> axes;
   bool required = false;
   std::string help;
+  bool differentiable = false;  // attend_backward gives its gradient
 };
 
 /// What a plan is made from: checked sizes, queries, packed keys and values, extra tensors.
@@ -94,7 +95,10 @@ struct Mechanism {
   /// Why it cannot replace attention in a causal language model, or empty.
   std::string not_on_models;
   Plan (*plan)(const Params& params, const Inputs& in) = nullptr;
-  /// Whether, with these inputs, its gradient is that of its plan, what was selected taken as constant. Null: never.
+  /// Whether no single softmax stands behind a row, so that lse is empty. Null: one always does.
+  bool (*without_lse)(const Params& params) = nullptr;
+  /// Whether, with these inputs, its gradient is that of its plan, what was selected taken as constant; finish() then
+  /// leaves o and lse as they are. Null: never.
   bool (*plan_gradient)(const Params& params, const Inputs& in) = nullptr;
   /// Names what else the plan's gradients hold: those of extra tensors that became sources. Null: nothing. `out` holds
   /// dq, dk and dv of source 0 and of all sources derived from it.

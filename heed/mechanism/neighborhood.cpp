@@ -48,8 +48,8 @@ std::vector<ParamSpec> neighborhood_params() {
 
 std::vector<ExtraSpec> neighborhood_extras() {
   const std::vector<DType> real{DType::f32, DType::f16, DType::bf16};
-  return {{"k_extra", real, {"B", "Hk", "*", "D"}, false, "keys that every query sees, in the same softmax"},
-          {"v_extra", real, {"B", "Hk", "*", "Dv"}, false, "their values"}};
+  return {{"k_extra", real, {"B", "Hk", "*", "D"}, false, "keys that every query sees, in the same softmax", true},
+          {"v_extra", real, {"B", "Hk", "*", "Dv"}, false, "their values", true}};
 }
 
 GridWindow read_windows(const Params& p, const Inputs& in) {

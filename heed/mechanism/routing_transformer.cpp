@@ -211,7 +211,6 @@ void finish_routing(const Params& p, const Inputs& in, const Plan& plan, AttendO
     }
   });
   out.o = std::move(o);
-  out.lse = Tensor(DType::f32, {0});  // no single softmax stands behind a row
 }
 
 }  // namespace
@@ -255,6 +254,8 @@ const Mechanism& routing_transformer() {
                   "[Hk, C, D], the centroids that the queries and keys of a KV head share"}},
       .not_on_models = "its models are trained with normalised queries and keys and with its centroids",
       .plan = plan_routing,
+      // A row is a mean of several softmaxes.
+      .without_lse = [](const Params&) { return true; },
       .finish = finish_routing,
       .calibrate = calibrate,
   };
