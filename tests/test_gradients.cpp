@@ -89,6 +89,12 @@ TEST_CASE("every mechanism's gradient is that of the pairs that its plan names")
     CHECK(got.stats.pairs == forward.stats.pairs);
     CHECK(got.stats.tiles_visited == forward.stats.tiles_visited);
     CHECK(equal_bits(forward.o, attend(call, in).o));
+    // What attend() gave is enough.
+    const AttendGradients again =
+        attend_backward(MechanismCall::parse(call), in, dout.view(), forward.o.view(), forward.lse.view());
+    CHECK(equal_bits(again.dq, got.dq));
+    CHECK(equal_bits(again.dk, got.dk));
+    CHECK(equal_bits(again.dv, got.dv));
   };
   for (const std::string& call : causal) compare(call, {1, 4, 2, 192, 192, 16, 24}, true, DType::f32);
   for (const std::string& call : both_ways)
@@ -244,6 +250,9 @@ TEST_CASE("what cannot be done is refused in one line") {
   const Case c({1, 2, 1, 20, 20, 16, 8});
   const Sample dout = random_dout(c.size), wide(DType::f32, 1, 2, 20, 9, Layout::packed, 1);
   CHECK_FAILS(gradients("dense", c.input(), wide), Error, "do: shape = [1, 2, 20, 9], expected [1, 2, 20, 8], as o is");
+  const Tensor wide_o(DType::f32, {1, 2, 20, 9}), all_lse(DType::f32, {1, 2, 20});
+  CHECK_FAILS(attend_backward(MechanismCall::parse("dense"), c.input(), dout.view(), wide_o.view(), all_lse.view()),
+              Error, "o: shape = [1, 2, 20, 9], expected [1, 2, 20, 8]");
   Sample broken = dout;
   broken.set(0, 1, 3, 2, NAN);
   CHECK_FAILS(gradients("dense", c.input(), broken), Error, "do: holds nan, expected finite values");

@@ -20,7 +20,7 @@ const std::vector<const Mechanism*>& mechanisms() {
       &moa(),        &blockrank(),
       &paro(),       &llsa(),
       &biformer(),   &routing_transformer(),
-      &pbs_attn(),
+      &pbs_attn(),   &flex(),
   };
   return table;
 }

@@ -35,5 +35,6 @@ const Mechanism& llsa();
 const Mechanism& biformer();
 const Mechanism& routing_transformer();
 const Mechanism& pbs_attn();
+const Mechanism& flex();
 
 }  // namespace heed::mechanism
