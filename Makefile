@@ -4,6 +4,7 @@
 #   make run        a real model reads a real book under four mechanisms: build/report.html
 #                   MODEL=smollm2|gemma3, TOKENS=n
 #   make test       everything that takes minutes; test-full adds every golden row
+#   make python     the build with the Python package in build/python and torch operators
 #   make bench      what the machine can do, and how much of it the kernels reach
 #   make bars       every planner's time against the bound it must meet: minutes on a quiet machine
 #   make performance  docs/performance.md: the same and more beside other programs; some twelve minutes, alone
@@ -28,12 +29,19 @@ MECHANISMS := dense streaming:sink=4,window=512 moba:block=64,top_k=8,sink=64 po
 FUZZERS := gguf safetensors tokenizer
 FUZZ_SECONDS ?= 60
 PREFIX ?= /usr/local
-SOURCES = $(shell find $(wildcard heed cli tests examples bench) -name "*.h" -o -name "*.cpp")
+SOURCES = $(shell find $(wildcard heed cli python tests examples bench) -name "*.h" -o -name "*.cpp")
 
 .PHONY: build
 build:
 	@scripts/deps.sh
 	@test -f build/build.ninja || cmake --preset release
+	cmake --build --preset release
+
+# The build with the Python package and torch operators, whose tests are among all tests.
+.PHONY: python
+python:
+	@scripts/deps.sh build python
+	cmake --preset release
 	cmake --build --preset release
 
 .PHONY: check-model
@@ -47,12 +55,12 @@ run: check-model build
 	  $(MECHANISMS:%=--mechanism %) --task perplexity,passkey --passkey-length 4000 --html build/report.html
 
 .PHONY: test
-test: build
+test: python
 	@scripts/fetch.sh
 	ctest --preset release --no-tests=error
 
 .PHONY: test-full
-test-full: build
+test-full: python
 	@scripts/fetch.sh
 	ctest --preset full --no-tests=error
 
@@ -72,14 +80,14 @@ performance: build
 	scripts/performance.py measure
 	scripts/performance.py render
 
-# The kernels' intrinsics are not clang-tidy's business; the compiler's warnings cover them.
+# The kernels' intrinsics and torch's headers are not clang-tidy's business; the compiler's warnings cover them.
 .PHONY: lint
 lint:
 	@scripts/deps.sh build lint
 	clang-format-19 --dry-run -Werror $(SOURCES)
 	@test -f build-lint/build.ninja || cmake --preset lint
 	cmake --build --preset lint
-	find heed cli -name '*.cpp' -not -path '*/isa/*' -print0 | \
+	find heed cli -name '*.cpp' -not -path '*/isa/*' -not -path '*/torch/*' -print0 | \
 	  xargs -0 -P "$$(nproc)" -n 4 clang-tidy-19 --quiet -p build-lint --extra-arg=-Wno-unknown-warning-option
 
 .PHONY: format

@@ -14,7 +14,7 @@ if(HEED_COMMAND)
 endif()
 install(EXPORT heed FILE heed-targets.cmake NAMESPACE heed:: DESTINATION ${HEED_CMAKE_DIR})
 install(EXPORT heed_model FILE heed-model-targets.cmake NAMESPACE heed:: DESTINATION ${HEED_CMAKE_DIR})
-install(DIRECTORY heed/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/heed FILES_MATCHING PATTERN "*.h" PATTERN isa EXCLUDE)
+install(DIRECTORY heed/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/heed FILES_MATCHING PATTERN "*.h" PATTERN isa EXCLUDE PATTERN torch EXCLUDE)
 
 configure_package_config_file(cmake/heed-config.cmake.in ${PROJECT_BINARY_DIR}/heed-config.cmake
   INSTALL_DESTINATION ${HEED_CMAKE_DIR} NO_SET_AND_CHECK_MACRO)

@@ -1,0 +1,71 @@
+# The Python package heed, importable from build/python; `pip install .` (pyproject.toml) installs the component python.
+#
+#   libheed_python.so   libheed and libheed_model, once for whatever of the package needs them
+#   _core               the binding, by nanobind
+#   libheed_torch.so    torch.ops.heed.*, where there is torch (cmake/torch.cmake)
+set(HEED_PYTHON AUTO CACHE STRING "The Python module: AUTO (where .venv has nanobind), ON or OFF")
+if(NOT HEED_PYTHON OR HEED_SANITIZE OR HEED_FUZZ)
+  return()
+endif()
+if(HEED_PYTHON STREQUAL "AUTO")
+  set(Python_EXECUTABLE ${PROJECT_SOURCE_DIR}/.venv/bin/python)
+  if(NOT EXISTS ${Python_EXECUTABLE})
+    message(STATUS "heed: no Python module: there is no .venv (scripts/deps.sh python makes it)")
+    return()
+  endif()
+endif()
+find_package(Python 3.10 QUIET COMPONENTS Interpreter Development.Module)
+if(Python_FOUND)
+  execute_process(COMMAND ${Python_EXECUTABLE} -m nanobind --cmake_dir OUTPUT_VARIABLE nanobind_DIR
+    OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE no_nanobind)
+endif()
+if(NOT Python_FOUND OR no_nanobind)
+  if(HEED_PYTHON STREQUAL "AUTO")
+    message(STATUS "heed: no Python module: no headers of Python or no nanobind (scripts/deps.sh python installs them)")
+    return()
+  endif()
+  message(FATAL_ERROR "HEED_PYTHON = ON, expected the headers of Python (python3-dev) and nanobind")
+endif()
+find_package(nanobind CONFIG REQUIRED)
+find_package(PNG REQUIRED)
+
+set(HEED_PACKAGE ${CMAKE_BINARY_DIR}/python/heed)
+function(heed_into_package target name)
+  set_target_properties(${target} PROPERTIES OUTPUT_NAME ${name} LIBRARY_OUTPUT_DIRECTORY ${HEED_PACKAGE}
+    INSTALL_RPATH "$ORIGIN")
+  target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR})
+  install(TARGETS ${target} LIBRARY DESTINATION heed COMPONENT python EXCLUDE_FROM_ALL)
+endfunction()
+
+add_library(heed_runtime SHARED cli/png.cpp cli/describe.cpp)
+set_target_properties(heed_runtime PROPERTIES LINK_LIBRARY_OVERRIDE "WHOLE_ARCHIVE,heed,heed_model")
+target_link_libraries(heed_runtime PRIVATE heed heed_model PNG::PNG heed_options)
+heed_into_package(heed_runtime heed_python)
+
+file(GLOB HEED_BINDINGS CONFIGURE_DEPENDS python/bindings/*.cpp)
+nanobind_add_module(heed_core NB_STATIC NB_DOMAIN heed ${HEED_BINDINGS})
+set_target_properties(nanobind-static PROPERTIES SYSTEM ON)  # its headers' warnings are not ours
+target_link_libraries(heed_core PRIVATE heed_runtime fmt::fmt heed_options)
+heed_into_package(heed_core _core)
+nanobind_add_stub(heed_stub MODULE _core OUTPUT ${HEED_PACKAGE}/_core.pyi PYTHON_PATH ${HEED_PACKAGE} DEPENDS heed_core)
+install(FILES ${HEED_PACKAGE}/_core.pyi DESTINATION heed COMPONENT python EXCLUDE_FROM_ALL)
+
+# What the package knows of its build.
+set(HEED_TORCH_VERSION "")
+if(TARGET heed_torch_objects)
+  set(HEED_TORCH_VERSION ${Torch_VERSION})
+  add_library(heed_torch_ops SHARED $<TARGET_OBJECTS:heed_torch_objects>)
+  target_link_libraries(heed_torch_ops PRIVATE heed_runtime torch fmt::fmt)
+  heed_into_package(heed_torch_ops heed_torch)
+endif()
+configure_file(python/heed/_built.py.in ${HEED_PACKAGE}/_built.py @ONLY)
+install(FILES ${HEED_PACKAGE}/_built.py DESTINATION heed COMPONENT python EXCLUDE_FROM_ALL)
+
+file(GLOB HEED_PYTHON_FILES CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/python/heed python/heed/*.py python/heed/py.typed)
+foreach(file ${HEED_PYTHON_FILES})
+  file(CREATE_LINK ${PROJECT_SOURCE_DIR}/python/heed/${file} ${HEED_PACKAGE}/${file} SYMBOLIC)
+endforeach()
+add_custom_target(heed_python ALL DEPENDS heed_core heed_stub)
+if(TARGET heed_torch_ops)
+  add_dependencies(heed_python heed_torch_ops)
+endif()
