@@ -58,7 +58,7 @@ if(TARGET heed_torch_objects)
   target_link_libraries(heed_torch_ops PRIVATE heed_runtime torch fmt::fmt)
   heed_into_package(heed_torch_ops heed_torch)
 endif()
-configure_file(python/heed/_built.py.in ${HEED_PACKAGE}/_built.py @ONLY)
+configure_file(cmake/heed_built.py.in ${HEED_PACKAGE}/_built.py @ONLY)
 install(FILES ${HEED_PACKAGE}/_built.py DESTINATION heed COMPONENT python EXCLUDE_FROM_ALL)
 
 file(GLOB HEED_PYTHON_FILES CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/python/heed python/heed/*.py python/heed/py.typed)

@@ -13,7 +13,7 @@ Bad input raises heed.Error, a ValueError of one line: the culprit, its value, w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._attention import Gradients, attend, attend_backward
 from ._built import version as __version__
@@ -21,6 +21,11 @@ from ._core import Error, isa, set_threads, threads
 from ._model import Comparison, Model, Sampling, Session
 from ._plan import Picture, Plan, plan
 from ._registry import ExtraTensor, Mechanism, Parameter, describe, mechanisms
+
+if TYPE_CHECKING:
+    from . import transformers
+    from ._flex import create_block_mask, flex_attention
+    from ._sdpa import sdpa
 
 __all__ = [
     "Comparison",

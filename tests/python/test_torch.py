@@ -141,6 +141,25 @@ def test_errors_are_heeds():
         o.sum().backward()
 
 
+def test_a_build_without_operators_reads_tensors_all_the_same(monkeypatch):
+    from heed import _torch
+
+    q, k, v = inputs(1, 2, 1, 20, 20, 8, 8)
+    want, want_lse = heed.attend(q, k, v, "moba", block=8, top_k=2, return_lse=True)
+    monkeypatch.setattr(_torch, "_missing", "no operators")
+    with pytest.raises(heed.Error, match="gradients: no operators"):
+        heed.attend(q, k, v)
+    with torch.no_grad():
+        o, lse = heed.attend(q, k, v, "moba", block=8, top_k=2, return_lse=True)
+    assert torch.equal(o, want) and torch.equal(lse, want_lse)
+
+
+def test_plans_of_tensors():
+    q, k, _ = inputs(1, 4, 2, 65, 65, 16, 16, torch.bfloat16)
+    plan = heed.plan(q, k, "moba", block=16, top_k=3)
+    assert (plan.to_mask() == naive.moba(q.detach().float().numpy(), k.detach().float().numpy(), 16, 3)).all()
+
+
 def test_no_second_derivatives():
     q, k, v = inputs(1, 1, 1, 5, 5, 4, 4)
     (dq,) = torch.autograd.grad(heed.attend(q, k, v).sum(), q, create_graph=True)
