@@ -74,6 +74,19 @@ def test_a_whole_layer_of_torch():
         assert naive.worst(layer(x, src_mask=mask, is_causal=True).detach(), want.detach()) < 2e-5
 
 
+def test_compiled_functions_are_answered_too():
+    (x,) = inputs((1, 2, 40, 8))
+
+    def layer(x):
+        return attention(x * 2, x, x, is_causal=True) + 1
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with heed.sdpa("streaming", sink=0, window=5):
+        near = layer(x)
+        assert torch.equal(compiled(x), near)
+    assert torch.allclose(compiled(x), layer(x), atol=1e-6) and not torch.allclose(near, layer(x), atol=1e-2)
+
+
 @pytest.mark.parametrize(
     "mechanism, kwargs, line",
     [
