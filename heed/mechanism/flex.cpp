@@ -14,9 +14,9 @@ constexpr std::int32_t nothing = 0, everything = 1, first_cell = 2;
 /// j], and the cells as bits.
 struct BlockMask {
   Index block = 0, batches = 1, heads = 1, rows = 0, columns = 0;
-  std::vector<std::int32_t> states;
+  std::vector<std::int32_t> states = {};
   Index words = 0;  // of a cell's row
-  std::vector<std::uint64_t> bits;
+  std::vector<std::uint64_t> bits = {};
 
   const std::int32_t* line(Index b, Index h, Index i) const {
     return states.data() + (((batches == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h)) * rows + i) * columns;
