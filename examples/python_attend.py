@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Long attention made cheap, in PyTorch: what a sparse mechanism decides, what it gives, and a few steps of training.
 
-    pip install torch && pip install .          # in a virtual environment, from heed's folder
-    python examples/python_attend.py
+pip install torch && pip install .          # in a virtual environment, from heed's folder
+python examples/python_attend.py
 """
 
 import time

@@ -95,8 +95,8 @@ def attend_backward(
     dtype: str | None = None,
     **options: Any,
 ) -> Gradients:
-    """Gradients of ``sum(o * do)`` where ``o, lse = heed.attend(q, k, v, mechanism, return_lse=True, ...)``, for those who
-    have no autograd. Arguments beside do ``[B, Hq, N, Dv]``, o and lse are those of ``heed.attend``.
+    """Gradients of ``sum(o * do)`` where ``o, lse = heed.attend(q, k, v, mechanism, return_lse=True, ...)``, for those
+    who have no autograd. Arguments beside do ``[B, Hq, N, Dv]``, o and lse are those of ``heed.attend``.
 
     Memory is O(N·D): nothing N×N is made. The same bits for any number of threads.
 

@@ -28,13 +28,14 @@ def _spelled(name: str, value: Any) -> str:
         return str(int(value))
     if isinstance(value, numbers.Real):
         return repr(float(value))
-    raise Error(f"{name}: a {type(value).__name__}, expected a number, a boolean, a text, a list of numbers or a tensor")
+    kind = type(value).__name__
+    raise Error(f"{name}: a {kind}, expected a number, a boolean, a text, a list of numbers or a tensor")
 
 
 def take_apart(mechanism: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """("moba", {"block": 64, "doc": tensor}) becomes ("moba:block=64", {"doc": tensor})."""
     if not isinstance(mechanism, str):
-        raise Error(f"mechanism: a {type(mechanism).__name__}, expected a name such as \"moba\"")
+        raise Error(f'mechanism: a {type(mechanism).__name__}, expected a name such as "moba"')
     params, extra = [], {}
     for name, value in options.items():
         if value is None:

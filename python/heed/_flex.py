@@ -29,10 +29,13 @@ class BlockMask:
 
     def __repr__(self) -> str:
         empty = float((self.blocks == 0).float().mean())
-        return f"<heed BlockMask {self.n} x {self.m}, block {self.block}: {100 * empty:.1f} % empty, {len(self.cells)} cells>"
+        size = f"{self.n} x {self.m}, block {self.block}"
+        return f"<heed BlockMask {size}: {100 * empty:.1f} % empty, {len(self.cells)} cells>"
 
 
-def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, N: int, M: int, *, block: int = 128) -> BlockMask:
+def create_block_mask(
+    mask_mod: MaskMod, B: int | None, H: int | None, N: int, M: int, *, block: int = 128
+) -> BlockMask:
     """The blocks of a mask function; B or H is None where it looks at no batch or head.
 
     mask_mod(b, h, q_idx, kv_idx) is called through torch.vmap, as torch's create_block_mask does, for one strip of
@@ -87,7 +90,7 @@ class _Cells:
 
 
 def _over_axes(mod: Callable[..., Any], scores: int) -> Callable[..., Any]:
-    """mod on index vectors b, h, q_idx, kv_idx (and before them `scores` arguments [B, H, N, M]), giving [B, H, N, M]."""
+    """mod on index vectors b, h, q_idx, kv_idx (before them `scores` arguments [B, H, N, M]), giving [B, H, N, M]."""
     for axis in (3, 2, 1, 0):
         indices = tuple(0 if i == axis else None for i in range(4))
         mod = torch.vmap(mod, in_dims=(0,) * scores + indices, out_dims=0)
@@ -168,16 +171,16 @@ def flex_attention(
 
     Args:
         query, key, value: [B, Hq, N, D], [B, Hk, M, D], [B, Hk, M, Dv]; Hq > Hk asks for enable_gqa.
-        score_mod: score_mod(score, b, h, q_idx, kv_idx) of the form a·score + bias(b, h, q_idx, kv_idx), bias -inf where a
-            pair is hidden: ALiBi, relative positions, scales. The bias becomes a tensor (of at most 2^28 elements);
-            gradients do not go into what the function holds.
+        score_mod: score_mod(score, b, h, q_idx, kv_idx) of the form a·score + bias(b, h, q_idx, kv_idx), bias -inf
+            where a pair is hidden: ALiBi, relative positions, scales. The bias becomes a tensor (of at most 2^28
+            elements); gradients do not go into what the function holds.
         block_mask: torch's BlockMask, or what ``heed.create_block_mask`` made.
         scale: D ** -0.5 by default.
         return_lse: return (o, lse), lse [B, Hq, N] f32, natural log.
         mask_mod: a predicate mask_mod(b, h, q_idx, kv_idx) instead of a block_mask.
 
-    Returns o [B, Hq, N, Dv] in the query's dtype; a query that sees nothing gives zeros. There is no implied causality: the
-    query's index is its place in `query`.
+    Returns o [B, Hq, N, Dv] in the query's dtype; a query that sees nothing gives zeros. There is no implied
+    causality: the query's index is its place in `query`.
 
     Raises heed.Error for a score_mod of another form, and as ``heed.attend`` does.
     """

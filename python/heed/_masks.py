@@ -57,4 +57,3 @@ def require(mechanism: str, visible: Visible, causal_kind: str, names: set[str],
         raise Error(f"{argument}: not causal, expected a causal call: {mechanism} is causal by definition")
     if causal_kind == "refused" and visible.causal:
         raise Error(f"{argument}: causal, expected a call that is not: {mechanism} is never causal")
-

@@ -125,7 +125,8 @@ class Model:
 
         Args:
             mechanism, params: as in ``heed.attend``.
-            layers: those that the mechanism replaces, such as "0,3,5-9,20-"; by default every one with global attention.
+            layers: those that the mechanism replaces, such as "0,3,5-9,20-"; by default every one with
+                global attention.
             phase: where it applies: "prefill", "decode" or "both".
             calibration: what the mechanism learned, a file that ``heed calibrate`` wrote.
             context: most tokens to hold; 0: the model's context.
@@ -195,9 +196,7 @@ class Model:
         """
         return "".join(self.stream(prompt, mechanism, **options))
 
-    def perplexity(
-        self, text: str, mechanism: str = "dense", *, tokens: int | None = None, **options: Any
-    ) -> float:
+    def perplexity(self, text: str, mechanism: str = "dense", *, tokens: int | None = None, **options: Any) -> float:
         """exp of the mean of -ln p over a text's tokens, the first `tokens` of them (BOS counted) or all.
 
         options are the mechanism's parameters and those of ``session``.
@@ -222,8 +221,8 @@ class Model:
         chunk: int = 512,
         kv: str = "bf16",
     ) -> list[Comparison]:
-        """Reads one text under several mechanisms, in turn: time, density, perplexity, and whether a key hidden in it is
-        still found ("passkey") and a passage that occurs twice recognised ("copy"); as ``heed compare`` does.
+        """Reads one text under several mechanisms, in turn: time, density, perplexity, and whether a key hidden in it
+        is still found ("passkey") and a passage that occurs twice recognised ("copy"); as ``heed compare`` does.
         """
         ids = self._read(text, tokens)
         rows = self._core.compare(

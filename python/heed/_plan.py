@@ -65,13 +65,11 @@ class Plan:
         return self._core.tiles
 
     def to_mask(self) -> np.ndarray:
-        """bool [B, Hq, N, M]: whether a query's output holds a key's value, through whatever column (a pooled one stands
-        for all its tokens). Read from the plan's own tiles. Raises heed.Error above 2^28 elements."""
+        """bool [B, Hq, N, M]: whether a query's output holds a key's value, through whatever column (a pooled one
+        stands for all its tokens). Read from the plan's own tiles. Raises heed.Error above 2^28 elements."""
         return self._core.mask().view(np.bool_)
 
-    def plot(
-        self, path: str | Path | None = None, *, batch: int = 0, head: int = 0, max_pixels: int = 1024
-    ) -> Picture:
+    def plot(self, path: str | Path | None = None, *, batch: int = 0, head: int = 0, max_pixels: int = 1024) -> Picture:
         """A true picture of one query head at any length; written as a PNG file where `path` is given."""
         share, cell = self._core.picture(batch, head, max_pixels)
         picture = Picture(share, cell, self._core.png(batch, head, max_pixels))
@@ -97,8 +95,8 @@ def plan(
 ) -> Plan:
     """The plan of ``heed.attend(q, k, v, mechanism, ...)``: what would be attended, counted without attending.
 
-    Arguments are those of ``heed.attend``. Values decide nothing in most mechanisms, so v may be left out; k then stands
-    in for it (dma reads it). The plan keeps q and k alive.
+    Arguments are those of ``heed.attend``. Values decide nothing in most mechanisms, so v may be left out; k then
+    stands in for it (dma reads it). The plan keeps q and k alive.
 
     >>> heed.plan(q, k, "hip", budget=512).density
     """

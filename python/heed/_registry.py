@@ -24,7 +24,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ExtraTensor:
-    """A tensor that a mechanism reads beside q, k and v. Axes are sizes by name (B Hq Hk N M D Dv), numbers, "*" for any."""
+    """A tensor that a mechanism reads beside q, k and v. Axes are sizes by name (B Hq Hk N M D Dv), numbers or "*"."""
 
     name: str
     shape: tuple[str, ...]

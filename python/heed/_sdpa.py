@@ -16,14 +16,15 @@ from ._registry import describe
 
 
 class sdpa(TorchFunctionMode):
-    """Inside ``with heed.sdpa("streaming", window=512):`` every call of torch.nn.functional.scaled_dot_product_attention in
-    this thread is answered by a mechanism of heed, gradients included.
+    """Inside ``with heed.sdpa("streaming", window=512):`` every call of
+    torch.nn.functional.scaled_dot_product_attention in this thread is answered by a mechanism of heed, gradients
+    included.
 
     Args:
         mechanism, params: as in ``heed.attend``.
 
-    attn_mask may be causal, padding (for mechanisms that read ``key_mask``) or, for dense, anything. A mechanism that is
-    causal by definition answers causal calls and single queries only. The result has the query's dtype.
+    attn_mask may be causal, padding (for mechanisms that read ``key_mask``) or, for dense, anything. A mechanism that
+    is causal by definition answers causal calls and single queries only. The result has the query's dtype.
 
     Raises heed.Error, when the call is made, for what the mechanism cannot honour and for dropout_p > 0; and as
     ``heed.attend`` does.

@@ -50,9 +50,7 @@ def attend(
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
             raise Error(f"gradients: {_missing}")
         read = {name: x.detach() for name, x in tensors.items()}
-        o, lse, _ = _core.attend(
-            read.pop("q"), read.pop("k"), read.pop("v"), read, call, causal, scale, dtype
-        )
+        o, lse, _ = _core.attend(read.pop("q"), read.pop("k"), read.pop("v"), read, call, causal, scale, dtype)
         return torch.from_numpy(o), torch.empty(0) if lse is None else torch.from_numpy(lse)
     try:
         return torch.ops.heed.attend(q, k, v, list(extra.values()), call, list(extra), causal, scale, dtype)

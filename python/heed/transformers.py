@@ -24,9 +24,10 @@ def register(mechanism: str | None = None, *, name: str | None = None, **params:
     in a language model. ``register("moba", block=64, top_k=8)`` registers "heed:moba" with these parameters, or under
     another `name`. Names with "flash" in them are taken by transformers, so flash-moba needs a name of its own.
 
-    Layers with a sliding window of their own keep it, whatever the mechanism. Mechanisms that need the whole prompt at once
-    (``describe(m).square``) leave steps of decoding to dense attention, unless they have a rule for them. Padding is honoured by mechanisms that read
-    a ``key_mask`` (dense, streaming) and is an error for others; so are masks that are not causal, but for dense.
+    Layers with a sliding window of their own keep it, whatever the mechanism. Mechanisms that need the whole prompt at
+    once (``describe(m).square``) leave steps of decoding to dense attention, unless they have a rule for them. Padding
+    is honoured by mechanisms that read a ``key_mask`` (dense, streaming) and is an error for others; so are masks that
+    are not causal, but for dense.
 
     >>> heed.transformers.register("moba", block=64, top_k=8)
     >>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="heed:moba")
@@ -93,7 +94,7 @@ def _attention(call: str) -> Callable[..., tuple[torch.Tensor, None]]:
     ) -> tuple[torch.Tensor, None]:
         """query [B, Hq, N, D], key and value [B, Hk, M, D]; gives [B, N, Hq, Dv] in the query's dtype."""
         if dropout > 0:
-            raise Error(f"dropout = {dropout}, expected 0: heed drops nothing (attention_dropout in the model's config)")
+            raise Error(f"dropout = {dropout}, expected 0: heed drops nothing (attention_dropout of the config)")
         if softcap is not None or s_aux is not None:
             raise Error(f"{'softcap' if s_aux is None else 's_aux'}: given, expected none")
         batch, n, m = query.shape[0], query.shape[2], key.shape[2]

@@ -15,7 +15,9 @@ def normals():
 
 
 def cached(name):
-    cache = os.environ.get("HEED_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "heed")
+    cache = os.environ.get("HEED_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "heed"
+    )
     path = Path(cache) / name
     if not path.exists():
         pytest.skip(f"{path} is missing (scripts/fetch.sh fetches it)")

@@ -23,7 +23,6 @@ def attention(q, k, v, sees, scale=None, bias=None):
 
 def torch_attention(q, k, v, sees, scale=None, bias=None):
     """The same in f64 torch operators, for gradients."""
-    import torch
 
     group = q.shape[1] // k.shape[1]
     k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)

@@ -156,7 +156,11 @@ def test_the_registry_speaks(normals):
     moba = heed.describe("moba")
     assert {p.name: p.default for p in moba.params}["top_k"] == "3"
     assert moba.params[0].least == 1 and moba.params[0].kind == "integer"
-    assert {e.name: e.differentiable for e in heed.describe("dense").extras} == {"bias": True, "doc": False, "key_mask": False}
+    assert {e.name: e.differentiable for e in heed.describe("dense").extras} == {
+        "bias": True,
+        "doc": False,
+        "key_mask": False,
+    }
     with pytest.raises(heed.Error, match="hop"):
         heed.describe("hop")
 

@@ -49,7 +49,9 @@ def inputs(hk=HK):
 def check(o, want, of):
     assert naive.worst(o.detach(), want.detach()) < 2e-5
     do = torch.randn(o.shape, generator=torch.Generator().manual_seed(4))
-    for a, b in zip(torch.autograd.grad(o, of, do), torch.autograd.grad(want, of, do.to(want.dtype), retain_graph=True)):
+    for a, b in zip(
+        torch.autograd.grad(o, of, do), torch.autograd.grad(want, of, do.to(want.dtype), retain_graph=True)
+    ):
         assert naive.worst(a, b) < 1e-4
 
 

@@ -32,7 +32,9 @@ def test_dense_answers_as_torch_does():
     both(*(y.squeeze(0) for y in inputs((1, 4, 9, 8), (1, 4, 12, 8), (1, 4, 12, 8))))
     both(*inputs((3, 2, 4, 9, 8), (3, 2, 4, 12, 8), (3, 2, 4, 12, 8)))
     both(*inputs((2, 6, 9, 8), (2, 2, 12, 8), (2, 2, 12, 8)), enable_gqa=True)
-    both(*inputs((1, 2, 9, 8), (1, 2, 12, 8), (1, 2, 12, 8)), is_causal=True)  # torch's diagonal begins at the first key
+    both(
+        *inputs((1, 2, 9, 8), (1, 2, 12, 8), (1, 2, 12, 8)), is_causal=True
+    )  # torch's diagonal begins at the first key
     both(*(y.bfloat16() for y in x), tolerance=2e-2)
 
 
@@ -94,7 +96,11 @@ def test_compiled_functions_are_answered_too():
         ("streaming", dict(), "is_causal: not causal, expected a causal call: streaming is causal by definition"),
         ("moba", dict(attn_mask=torch.eye(20, dtype=torch.bool)), "attn_mask: holds a mask that is neither"),
         ("vmoba:chunk=4", dict(is_causal=True), "is_causal: causal, expected a call that is not"),
-        ("dense", dict(attn_mask=torch.ones(20, 20, dtype=torch.bool), is_causal=True), "is_causal = True, expected False"),
+        (
+            "dense",
+            dict(attn_mask=torch.ones(20, 20, dtype=torch.bool), is_causal=True),
+            "is_causal = True, expected False",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(mechanism, kwargs, line):
