@@ -12,9 +12,7 @@
 #include "heed/model/utf8.h"
 
 namespace heed::model {
-namespace {
 
-// The character that stands for each byte: itself where it is printable Latin-1, else from U+0100 on.
 std::array<std::string, 256> byte_characters() {
   std::array<std::string, 256> text;
   unsigned next = 256;
@@ -24,6 +22,8 @@ std::array<std::string, 256> byte_characters() {
   }
   return text;
 }
+
+namespace {
 
 class BytePair final : public Tokenizer {
  public:

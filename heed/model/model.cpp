@@ -13,19 +13,6 @@ std::vector<float> read_vector(const Gguf& file, const std::string& name, Index 
   return values;
 }
 
-// Every tensor must be one that the forward pass reads: a bias or a table of rope factors that was
-// passed over would give a model that runs and is wrong.
-void check_tensors(const Gguf& file, const ModelInfo& info) {
-  std::set<std::string, std::less<>> known;
-  for (const TensorSpec& spec : expected_tensors(info)) {
-    file.tensor(spec.name, spec.shape);
-    known.insert(spec.name);
-  }
-  for (const GgufTensor& t : file.tensors())
-    if (known.find(t.name) == known.end())
-      fail("{}: tensor {} is not supported in {} models", file.name(), t.name, info.architecture);
-}
-
 LayerWeights read_layer(const Gguf& file, const ModelInfo& info, Index layer, DType arithmetic, bool keep_file) {
   const auto name = [&](const char* part) { return fmt::format("blk.{}.{}.weight", layer, part); };
   const auto linear = [&](const char* part) { return Linear(*file.find(name(part)), arithmetic, keep_file); };
@@ -45,6 +32,17 @@ LayerWeights read_layer(const Gguf& file, const ModelInfo& info, Index layer, DT
 }
 
 }  // namespace
+
+void check_tensors(const Gguf& file, const ModelInfo& info) {
+  std::set<std::string, std::less<>> known;
+  for (const TensorSpec& spec : expected_tensors(info)) {
+    file.tensor(spec.name, spec.shape);
+    known.insert(spec.name);
+  }
+  for (const GgufTensor& t : file.tensors())
+    if (known.find(t.name) == known.end())
+      fail("{}: tensor {} is not supported in {} models", file.name(), t.name, info.architecture);
+}
 
 Model::Model() : weights_(std::make_unique<Weights>()) {}
 Model::~Model() = default;

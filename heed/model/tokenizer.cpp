@@ -78,6 +78,17 @@ Vocabulary Vocabulary::from(const Gguf& file) {
   return v;
 }
 
+Vocabulary Vocabulary::bytes() {
+  Vocabulary v;
+  v.model = "gpt2", v.pre = "gpt-2";
+  for (const std::string& character : byte_characters()) v.tokens.push_back(character);
+  v.kinds.assign(v.tokens.size(), TokenKind::normal);
+  v.eos = static_cast<Token>(v.tokens.size());
+  v.tokens.emplace_back("<|endoftext|>");
+  v.kinds.push_back(TokenKind::control);
+  return v;
+}
+
 // Tokens by text, and those that are matched on raw text.
 struct Tokenizer::Lookup {
   std::unordered_map<std::string_view, Token> ids;

@@ -35,6 +35,8 @@ struct Vocabulary {
   /// and the llama-bpe pre-tokenizer, a space prefix by llama models; these have BOS 1, EOS 2 and
   /// unknown 0 if tokens of such kinds stand there.
   static Vocabulary from(const Gguf& file);
+  /// Byte-level: token b is byte b, and 256, "<|endoftext|>", ends a text. No merges.
+  static Vocabulary bytes();
 };
 
 class Tokenizer {

@@ -46,5 +46,8 @@ struct TensorSpec {
   Shape shape;
 };
 std::vector<TensorSpec> expected_tensors(const ModelInfo& info);
+/// Throws Error when one of them is missing or misshapen, and for any other tensor: a bias or a table of rope factors
+/// that was passed over would give a model that runs and is wrong.
+void check_tensors(const Gguf& file, const ModelInfo& info);
 
 }  // namespace heed::model
