@@ -87,7 +87,7 @@ lint:
 	clang-format-19 --dry-run -Werror $(SOURCES)
 	@test -f build-lint/build.ninja || cmake --preset lint
 	cmake --build --preset lint
-	find heed cli -name '*.cpp' -not -path '*/isa/*' -not -path '*/torch/*' -print0 | \
+	find heed cli -name '*.cpp' -not -path '*/isa/*' -not -path '*/torch/*' -not -path '*/nn/*' -print0 | \
 	  xargs -0 -P "$$(nproc)" -n 4 clang-tidy-19 --quiet -p build-lint --extra-arg=-Wno-unknown-warning-option
 
 .PHONY: format

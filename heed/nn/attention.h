@@ -1,0 +1,61 @@
+// Attention with any mechanism of the registry, as a module of libtorch.
+#pragma once
+
+#include <torch/nn/module.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "heed/mechanism/params.h"
+#include "heed/nn/layers.h"
+
+namespace heed::nn {
+
+struct AttentionOptions {
+  Index width = 256, heads = 4, kv_heads = 2, head_size = 64;
+  MechanismCall mechanism{"dense", {}};
+  double rope_base = 1e4;
+  model::RopePairs rope_pairs = model::RopePairs::adjacent;
+  bool head_norms = false;  // RMS norms of every query and key before they are turned
+  double rms_eps = 1e-5;
+  Index key_conv = 0;  // flash-moba: width of the learned convolution of keys, 0: none
+};
+
+/// A tensor that a mechanism learns, beside q, k and v.
+struct LearnedPart {
+  std::string name;  // of the mechanism's extra tensor
+  std::vector<Index> shape;
+  double deviation;  // of the normal numbers that it begins with; 0: zeros
+};
+/// What a mechanism learns in such a layer. Its gate or centroids may be constants for a loss on o: they are
+/// registered, and get no gradient.
+std::vector<LearnedPart> learned_parts(const AttentionOptions& options);
+
+/// y = W_o·mechanism(RoPE(W_q·x), RoPE(W_k·x), W_v·x), causal. Parameters: q [heads·D, width], k and v
+/// [kv_heads·D, width], output [width, heads·D], q_norm and k_norm [D] with head_norms, and the mechanism's learned
+/// parts by their names.
+class Attention : public torch::nn::Module {
+ public:
+  /// Weights are not set yet (see LanguageModel::initialise). Throws UsageError for a mechanism that cannot be trained
+  /// in a causal language model.
+  explicit Attention(const AttentionOptions& options);
+
+  /// x [B, N, width] f32 → [B, N, width] of type `arithmetic` (f32 or bf16), in which products and attention are
+  /// computed. Throws Error for shapes that the mechanism refuses.
+  at::Tensor forward(const at::Tensor& x, at::ScalarType arithmetic = at::kFloat);
+
+  const AttentionOptions& options() const { return options_; }
+  const std::vector<LearnedPart>& learned() const { return learned_; }
+
+ private:
+  AttentionOptions options_;
+  std::string call_;  // the mechanism as text
+  std::vector<LearnedPart> learned_;
+  Rotary rotary_;
+  at::Tensor q_, k_, v_, output_, q_norm_, k_norm_;
+  std::map<std::string, at::Tensor, std::less<>> extras_;  // learned parts that the mechanism itself reads
+  at::Tensor key_conv_;
+};
+
+}  // namespace heed::nn

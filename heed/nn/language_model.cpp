@@ -1,0 +1,120 @@
+#include "heed/nn/language_model.h"
+
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/silu.h>
+#include <c10/core/GradMode.h>
+
+#include <cmath>
+
+#include "heed/base/random.h"
+
+namespace heed::nn {
+
+FeedForward::FeedForward(const model::ModelInfo& info) : gelu_(info.architecture == "gemma3") {
+  const auto add = [&](const char* name, Index outputs, Index inputs) {
+    return register_parameter(name, at::empty({outputs, inputs}, at::kFloat));
+  };
+  gate_ = add("gate", info.ffn, info.width), up_ = add("up", info.ffn, info.width);
+  down_ = add("down", info.width, info.ffn);
+}
+
+at::Tensor FeedForward::forward(const at::Tensor& x, at::ScalarType arithmetic) const {
+  const at::Tensor gate = product(x, gate_, arithmetic), up = product(x, up_, arithmetic);
+  return product((gelu_ ? at::gelu(gate, "tanh") : at::silu(gate)) * up, down_, arithmetic);
+}
+
+Layer::Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, Index key_conv)
+    : eps_(info.rms_eps) {
+  const bool gemma = info.architecture == "gemma3", local = info.local[static_cast<size_t>(layer)];
+  attention_ = register_module("attn", std::make_shared<Attention>(AttentionOptions{
+                                           .width = info.width,
+                                           .heads = info.heads,
+                                           .kv_heads = info.kv_heads,
+                                           .head_size = info.head_size,
+                                           .mechanism = mechanism,
+                                           .rope_base = local ? info.rope_base_local : info.rope_base,
+                                           .rope_pairs = gemma ? model::RopePairs::halves : model::RopePairs::adjacent,
+                                           .head_norms = gemma,
+                                           .rms_eps = info.rms_eps,
+                                           .key_conv = key_conv}));
+  feed_forward_ = register_module("ffn", std::make_shared<FeedForward>(info));
+  const auto gain = [&](const char* name) { return register_parameter(name, at::empty({info.width}, at::kFloat)); };
+  attn_norm_ = gain("attn_norm"), ffn_norm_ = gain("ffn_norm");
+  if (gemma) post_attention_norm_ = gain("post_attention_norm"), post_ffw_norm_ = gain("post_ffw_norm");
+}
+
+at::Tensor Layer::forward(at::Tensor x, at::ScalarType arithmetic) const {
+  const auto added = [&](const at::Tensor& y, const at::Tensor& gain) {
+    return gain.defined() ? rms_norm(y, gain, eps_) : y.to(at::kFloat);
+  };
+  x = x + added(attention_->forward(rms_norm(x, attn_norm_, eps_), arithmetic), post_attention_norm_);
+  return x + added(feed_forward_->forward(rms_norm(x, ffn_norm_, eps_), arithmetic), post_ffw_norm_);
+}
+
+LanguageModel::LanguageModel(const model::ModelInfo& info, const std::vector<MechanismCall>& mixers, Index key_conv)
+    : info_(info), mixers_(mixers) {
+  if (static_cast<Index>(mixers.size()) != info.layers)
+    fail("mixers: {} of them, expected {}, one a layer", mixers.size(), info.layers);
+  embedding_ = register_parameter("token_embd", at::empty({info.vocabulary, info.width}, at::kFloat));
+  const auto blocks = register_module("blk", std::make_shared<torch::nn::Module>());
+  for (Index i = 0; i < info.layers; ++i) {
+    const MechanismCall& mixer = mixers[static_cast<size_t>(i)];
+    layers_.push_back(std::make_shared<Layer>(info, i, mixer, key_conv));
+    blocks->register_module(fmt::format("{}", i), layers_.back());
+  }
+  output_norm_ = register_parameter("output_norm", at::empty({info.width}, at::kFloat));
+  if (!info.tied_output) output_ = register_parameter("output", at::empty({info.vocabulary, info.width}, at::kFloat));
+}
+
+void LanguageModel::initialise(std::uint64_t seed) {
+  const c10::NoGradGuard frozen;
+  Random random(seed);
+  const double deviation = 1 / std::sqrt(static_cast<double>(info_.width));
+  const double inward = deviation / std::sqrt(2 * static_cast<double>(info_.layers));
+  for (const auto& item : named_parameters()) {
+    const std::string& name = item.key();
+    float* x = item.value().data_ptr<float>();
+    const Index count = item.value().numel();
+    const auto normal = [&](double sigma) {
+      for (Index i = 0; i < count; ++i) x[i] = static_cast<float>(sigma * random.normal());
+    };
+    if (name.ends_with("_norm")) std::fill_n(x, count, 1.0f);
+    else if (name.ends_with("attn.output") || name.ends_with("ffn.down")) normal(inward);
+    else normal(deviation);
+  }
+  for (const auto& layer : layers_) {
+    const auto& attention = layer->attention();
+    const auto parameters = attention.named_parameters(false);
+    for (const LearnedPart& part : attention.learned()) {
+      const at::Tensor& tensor = parameters[part.name];
+      for (Index i = 0; i < tensor.numel(); ++i)
+        tensor.data_ptr<float>()[i] = static_cast<float>(part.deviation * random.normal());
+    }
+  }
+}
+
+at::Tensor LanguageModel::hidden(const at::Tensor& tokens) {
+  at::Tensor x = at::embedding(embedding_, tokens) * static_cast<double>(info_.embedding_scale);
+  for (const auto& layer : layers_) x = layer->forward(x, arithmetic_);
+  return rms_norm(x, output_norm_, info_.rms_eps);
+}
+
+at::Tensor LanguageModel::logits(const at::Tensor& tokens) {
+  return product(hidden(tokens), output_.defined() ? output_ : embedding_, arithmetic_).to(at::kFloat);
+}
+
+at::Tensor LanguageModel::losses(const at::Tensor& tokens, const at::Tensor& targets) {
+  return at::cross_entropy_loss(logits(tokens).flatten(0, 1), targets.flatten(), {}, at::Reduction::None)
+      .view(targets.sizes());
+}
+
+NamedParameters parameters_of(const LanguageModel& model) {
+  NamedParameters list;
+  for (const auto& item : model.named_parameters()) list.emplace_back(item.key(), item.value());
+  return list;
+}
+
+}  // namespace heed::nn

@@ -1,0 +1,15 @@
+// heed's views of torch's tensors, and copies the other way.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "heed/base/tensor.h"
+
+namespace heed::nn {
+
+/// A view of a tensor that the caller keeps alive. f32, f16, bf16, i32 or u8; any strides. Throws Error for others.
+TensorView view_of(const at::Tensor& x);
+/// Copies `from` into `to`, which has the same shape and element type. Throws Error naming `what` when it has not.
+void copy_into(const at::Tensor& to, const TensorView& from, const std::string& what);
+
+}  // namespace heed::nn
