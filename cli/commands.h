@@ -2,13 +2,9 @@
 // `job`, which runs after parsing.
 #pragma once
 
-#include <CLI/CLI.hpp>
-
-#include <functional>
+#include "cli/command_line.h"
 
 namespace heed::cli {
-
-using Job = std::function<void()>;
 
 void add_run(CLI::App& app, Job& job);
 void add_compare(CLI::App& app, Job& job);
@@ -19,5 +15,7 @@ void add_calibrate(CLI::App& app, Job& job);
 void add_plan(CLI::App& app, Job& job);
 void add_tokenize(CLI::App& app, Job& job);
 void add_inspect(CLI::App& app, Job& job);
+/// A command of the program heed-torch beside this one: takes its place, with the same arguments.
+void add_train(CLI::App& app, Job& job, char** argv);
 
 }  // namespace heed::cli

@@ -11,10 +11,14 @@ install(TARGETS heed EXPORT heed INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR
 install(TARGETS heed_model EXPORT heed_model INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 if(HEED_COMMAND)
   install(TARGETS heed_command)
+  if(TARGET heed_torch_command)
+    install(TARGETS heed_torch_command)
+  endif()
 endif()
 install(EXPORT heed FILE heed-targets.cmake NAMESPACE heed:: DESTINATION ${HEED_CMAKE_DIR})
 install(EXPORT heed_model FILE heed-model-targets.cmake NAMESPACE heed:: DESTINATION ${HEED_CMAKE_DIR})
-install(DIRECTORY heed/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/heed FILES_MATCHING PATTERN "*.h" PATTERN isa EXCLUDE PATTERN torch EXCLUDE)
+install(DIRECTORY heed/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/heed FILES_MATCHING PATTERN "*.h" PATTERN isa EXCLUDE
+  PATTERN nn EXCLUDE PATTERN torch EXCLUDE)
 
 configure_package_config_file(cmake/heed-config.cmake.in ${PROJECT_BINARY_DIR}/heed-config.cmake
   INSTALL_DESTINATION ${HEED_CMAKE_DIR} NO_SET_AND_CHECK_MACRO)

@@ -23,7 +23,7 @@ _heed_mechanisms() {
 }
 
 _heed() {
-  local line=${COMP_LINE:0:COMP_POINT} commands='list explain attend plan run compare calibrate tokenize inspect bench'
+  local line=${COMP_LINE:0:COMP_POINT} commands='list explain attend plan run compare calibrate train tokenize inspect bench'
   local current=${line##*[[:space:]]} command= previous= word words=() choices=
   # Words as the user sees them: bash's own also break at : and =.
   read -r -a words <<< "${line%"$current"}"
@@ -51,6 +51,7 @@ _heed() {
     --color) choices='auto always never' ;;
     --chat) choices='auto off' ;;
     --against) [[ $line =~ " bench "(attend|linear)" " ]] && choices=torch || choices='llama.cpp openvino' ;;
+    --optimizer) choices='adamw muon' ;;
     --task) choices='perplexity passkey copy perplexity,passkey perplexity,passkey,copy' ;;
     *)
       if [[ $current == -* ]]; then

@@ -29,9 +29,10 @@ class Folder {
   /// The path of a file in it.
   std::string operator/(const std::string& name) const { return path_ + "/" + name; }
   /// What it holds, ascending.
-  std::vector<std::string> names() const {
+  std::vector<std::string> names() const { return names_in(path_); }
+  static std::vector<std::string> names_in(const std::string& path) {
     std::vector<std::string> list;
-    for (const auto& entry : std::filesystem::directory_iterator(path_))
+    for (const auto& entry : std::filesystem::directory_iterator(path))
       list.push_back(entry.path().filename().string());
     std::sort(list.begin(), list.end());
     return list;

@@ -1,0 +1,10 @@
+// The commands of heed-torch.
+#pragma once
+
+#include "cli/command_line.h"
+
+namespace heed::cli {
+
+void add_train(CLI::App& app, Job& job);
+
+}  // namespace heed::cli

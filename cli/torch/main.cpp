@@ -1,0 +1,8 @@
+// The commands that need libtorch; heed becomes this program for them (cli/train.cpp).
+
+#include "cli/torch/commands.h"
+
+int main(int argc, char** argv) {
+  using namespace heed::cli;
+  return run({.about = "heed: the commands that need libtorch.", .examples = "", .add = add_train}, argc, argv);
+}
