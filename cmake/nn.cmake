@@ -6,6 +6,8 @@ endif()
 file(GLOB HEED_NN_SOURCES CONFIGURE_DEPENDS heed/nn/*.cpp)
 add_library(heed_nn STATIC EXCLUDE_FROM_ALL ${HEED_NN_SOURCES})
 target_link_libraries(heed_nn PUBLIC heed_torch heed_model PRIVATE nlohmann_json::nlohmann_json heed_options)
+# What is hot here is torch's and heed's; torch's headers take long to optimise.
+target_compile_options(heed_nn PUBLIC $<$<CONFIG:Release>:-O1>)
 
 if(HEED_COMMAND)
   file(GLOB HEED_TORCH_CLI_SOURCES CONFIGURE_DEPENDS cli/torch/*.cpp)
