@@ -5,6 +5,9 @@
 // whole numbers x of 16 bits: their product is d·s·Σ q·x + m·s·Σ x, where Σ q·x is exact in 32-bit integers and s·Σ x
 // was made once for all rows. Reading floats instead would take three times the instructions, and be bound by them.
 
+// The parts of a block are always inlined: a call for 32 weights halves the speed, and the compiler's own bounds are
+// those of a whole file.
+
 using Byte = std::uint8_t;
 
 /// What a row collects: `lanes`, and in the second of `rest` Σ d·s·Σ x or Σ m·s·Σ x.
@@ -45,12 +48,13 @@ inline void round_row(const float* values, Index n, std::int16_t* x, float* scal
 }
 
 /// Σ q·x of 32 weights, those of the first 16 and of the last, times a factor.
-inline void add_products(Words first, Words last, const std::int16_t* x, Floats factor, RowSum& r) {
+[[gnu::always_inline]] inline void add_products(Words first, Words last, const std::int16_t* x, Floats factor,
+                                                RowSum& r) {
   const Sums sums = multiply_pairs(first, load_words(x)) + multiply_pairs(last, load_words(x + 16));
   r.lanes = multiply_add(factor, to_floats(sums), r.lanes);
 }
 /// The same times d·s; dm: d and what the sum of inputs is multiplied by.
-inline void add_block(Words first, Words last, Pair dm, const BlockInput& in, RowSum& r) {
+[[gnu::always_inline]] inline void add_block(Words first, Words last, Pair dm, const BlockInput& in, RowSum& r) {
   const Pair factors = dm * load_pair(in.scale);
   r.rest += factors;
   add_products(first, last, in.x, eight(factors), r);
@@ -59,27 +63,30 @@ inline void add_block(Words first, Words last, Pair dm, const BlockInput& in, Ro
 // One block of each format: p, its inputs. Of 32 nibbles in 16 bytes, element j < 16 is the low one of byte j and
 // element j + 16 the high one.
 
-inline void four_bit_block(const Byte* qs, Pair dm, const BlockInput& in, RowSum& r) {
+[[gnu::always_inline]] inline void four_bit_block(const Byte* qs, Pair dm, const BlockInput& in, RowSum& r) {
   const Words q = words_u8(qs);
   add_block(q & 15, q >> 4, dm, in, r);
 }
-inline void five_bit_block(const Byte* qs, std::uint32_t fifth, Pair dm, const BlockInput& in, RowSum& r) {
+[[gnu::always_inline]] inline void five_bit_block(const Byte* qs, std::uint32_t fifth, Pair dm, const BlockInput& in,
+                                                  RowSum& r) {
   const Words q = words_u8(qs);
   add_block((q & 15) | fifth_bits(fifth), (q >> 4) | fifth_bits(fifth >> 16), dm, in, r);
 }
-inline void q4_0_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, qs [16]
+[[gnu::always_inline]] inline void q4_0_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, qs [16]
   four_bit_block(p + 2, one_half(p), in, r);
 }
-inline void q4_1_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, m, qs [16]
+[[gnu::always_inline]] inline void q4_1_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, m, qs [16]
   four_bit_block(p + 4, two_halves(p), in, r);
 }
-inline void q5_0_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, fifth bits, qs [16]
+[[gnu::always_inline]] inline void q5_0_block(const Byte* p, const BlockInput& in,
+                                              RowSum& r) {  // d, fifth bits, qs [16]
   five_bit_block(p + 6, u32_at(p + 2), one_half(p), in, r);
 }
-inline void q5_1_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, m, fifth bits, qs [16]
+[[gnu::always_inline]] inline void q5_1_block(const Byte* p, const BlockInput& in,
+                                              RowSum& r) {  // d, m, fifth bits, qs [16]
   five_bit_block(p + 8, u32_at(p + 4), two_halves(p), in, r);
 }
-inline void q8_0_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, qs i8 [32]
+[[gnu::always_inline]] inline void q8_0_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, qs i8 [32]
   add_block(words_i8(p + 2), words_i8(p + 18), one_half(p), in, r);
 }
 
@@ -87,7 +94,8 @@ inline void q8_0_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, 
 struct GroupFactors {
   float of[8];
 };
-inline GroupFactors group_factors(const Byte* p, const BlockInput& in, RowSum& r) {  // d, dmin, packed [12]
+[[gnu::always_inline]] inline GroupFactors group_factors(const Byte* p, const BlockInput& in,
+                                                         RowSum& r) {  // d, dmin, packed [12]
   const GroupScales g = group_scales(p + 4);
   const Floats a = load_floats(in.scale), b = load_floats(in.scale + 8);
   const Floats scale = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
@@ -99,7 +107,8 @@ inline GroupFactors group_factors(const Byte* p, const BlockInput& in, RowSum& r
   return f;
 }
 // 32 bytes serve two groups of 32, the even one by its low nibbles.
-inline void q4_k_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, dmin, scales [12], qs [128]
+[[gnu::always_inline]] inline void q4_k_block(const Byte* p, const BlockInput& in,
+                                              RowSum& r) {  // d, dmin, scales [12], qs [128]
   const GroupFactors g = group_factors(p, in, r);
 #pragma GCC unroll 4
   for (int pair = 0; pair < 4; ++pair) {
@@ -109,7 +118,7 @@ inline void q4_k_block(const Byte* p, const BlockInput& in, RowSum& r) {  // d, 
   }
 }
 // Bit g of byte j of qh is the fifth bit of element j of group g.
-inline void q5_k_block(const Byte* p, const BlockInput& in, RowSum& r) {  // …, qh [32], qs [128]
+[[gnu::always_inline]] inline void q5_k_block(const Byte* p, const BlockInput& in, RowSum& r) {  // …, qh [32], qs [128]
   const GroupFactors g = group_factors(p, in, r);
   const Words high_first = words_u8(p + 16), high_last = words_u8(p + 32);
 #pragma GCC unroll 4
@@ -124,7 +133,8 @@ inline void q5_k_block(const Byte* p, const BlockInput& in, RowSum& r) {  // …
 }
 // Two halves of 128, each four runs of 32: runs 0 and 1 have the low nibbles of ql [0, 32) and [32, 64), runs 2 and 3
 // the high ones; run r has bits 2r and 2r + 1 of qh on top. 16 elements share a scale; q stands for q - 32.
-inline void q6_k_block(const Byte* p, const BlockInput& in, RowSum& r) {  // ql [128], qh [64], scales i8 [16], d
+[[gnu::always_inline]] inline void q6_k_block(const Byte* p, const BlockInput& in,
+                                              RowSum& r) {  // ql [128], qh [64], scales i8 [16], d
   const Floats a = load_floats(in.scale), b = load_floats(in.scale + 8), d = eight(one_half(p + 208));
   const Floats factors[2] = {d * floats_i8(p + 192) * __builtin_shufflevector(a, a, 0, 0, 2, 2, 4, 4, 6, 6),
                              d * floats_i8(p + 200) * __builtin_shufflevector(b, b, 0, 0, 2, 2, 4, 4, 6, 6)};
