@@ -31,7 +31,7 @@ endif()
 message(STATUS "heed: torch operators, torch ${Torch_VERSION} from ${torch_folders}")
 
 # torch's folder of headers holds an fmt of its own, which comes before the system's: it is used from its headers alone.
-add_library(heed_torch_objects OBJECT heed/torch/attend.cpp)
+add_library(heed_torch_objects OBJECT heed/torch/attend.cpp heed/torch/tensors.cpp)
 target_compile_definitions(heed_torch_objects PUBLIC FMT_HEADER_ONLY)
 target_link_libraries(heed_torch_objects PUBLIC torch PRIVATE heed heed_options)
 add_library(heed_torch STATIC $<TARGET_OBJECTS:heed_torch_objects>)

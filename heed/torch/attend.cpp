@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "heed/mechanism/attend.h"
+#include "heed/torch/tensors.h"
 
 namespace heed::aten {
 namespace {
@@ -31,20 +32,8 @@ auto translated(Work work) {
   }
 }
 
-TensorView view_of(const std::string& name, const at::Tensor& x) {
-  const auto dtype = [&] {
-    switch (x.scalar_type()) {
-      case at::kFloat: return DType::f32;
-      case at::kHalf: return DType::f16;
-      case at::kBFloat16: return DType::bf16;
-      case at::kInt: return DType::i32;
-      case at::kByte:
-      case at::kBool: return DType::u8;
-      default: fail("{}: dtype = {}, expected f32, f16, bf16, i32 or u8", name, c10::toString(x.scalar_type()));
-    }
-  }();
-  return {x.const_data_ptr(), dtype, x.sizes().vec(), x.strides().vec()};
-}
+// Masks come as bool, which is kept in bytes.
+at::Tensor bytes_of(const at::Tensor& x) { return x.scalar_type() == at::kBool ? x.view(at::kByte) : x; }
 
 // The memory stays heed's until torch drops the tensor.
 at::Tensor owned(Tensor&& x) {
@@ -63,7 +52,7 @@ struct Call {
     if (extra.size() != names.size())
       fail("names: {} of them, expected one for each of the {} extra tensors", names.size(), extra.size());
     for (size_t i = 0; i < names.size(); ++i)
-      if (!in.extra.emplace(names[i], view_of(names[i], extra[i])).second)
+      if (!in.extra.emplace(names[i], view_of(names[i], bytes_of(extra[i]))).second)
         fail("names: {} twice, expected different ones", names[i]);
     in.causal = causal;
     if (scale) in.scale = static_cast<float>(*scale);
