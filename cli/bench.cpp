@@ -101,6 +101,7 @@ void add_bench(CLI::App& app, Job& job) {
   peak->add_option("--json", *json, "Write the figures as JSON to this file (- for standard output)")->type_name("F");
   peak->callback([&job, json] { job = [json] { bench_peak(*json); }; });
   add_bench_attend(*bench, job);
+  add_bench_backward(*bench, job);
   add_bench_linear(*bench, job);
   add_bench_model(*bench, job);
 }

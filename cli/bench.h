@@ -9,9 +9,11 @@
 
 namespace heed::cli {
 
-/// Adds `heed bench peak|attend|linear|prefill|decode`. The chosen one is put into `job`, to be run after parsing.
+/// Adds `heed bench peak|attend|backward|linear|prefill|decode`. The chosen one is put into `job`, to be run after
+/// parsing.
 void add_bench(CLI::App& app, Job& job);
 void add_bench_attend(CLI::App& bench, Job& job);
+void add_bench_backward(CLI::App& bench, Job& job);
 void add_bench_linear(CLI::App& bench, Job& job);
 void add_bench_model(CLI::App& bench, Job& job);
 

@@ -10,9 +10,8 @@
 
 #include "cli/attend_reference.h"
 #include "cli/bench.h"
-#include "cli/tensors.h"
+#include "cli/bench_tensors.h"
 #include "cli/torch_attend.h"
-#include "heed/base/random.h"
 #include "heed/base/threads.h"
 #include "heed/exec/cost.h"
 #include "heed/kernel/kernels.h"
@@ -23,42 +22,11 @@ namespace {
 
 struct Options {
   std::vector<std::string> mechanisms, against;
-  std::string input, dtype = "both", json;
-  Index length = 8192, heads = 2, kv_heads = 0, head_size = 64;
+  std::string dtype = "both", json;
+  BenchTensors tensors;
   int repeat = 5;
   bool full = false;
-  std::uint64_t seed = 0;
 };
-
-// q, k, v and what else a file holds, or random numbers.
-struct Tensors {
-  std::optional<OpenedTensors> opened;
-  std::vector<float> memory[3];
-  AttendInput input;
-};
-
-std::vector<float> random_values(Index n, Random& random) {
-  std::vector<float> x(static_cast<size_t>(n));
-  for (float& e : x) e = static_cast<float>(2 * random.uniform() - 1);
-  return x;
-}
-
-void fill(const Options& o, Tensors& t) {
-  if (!o.input.empty()) {
-    TensorOptions file;
-    file.in = o.input;
-    t.input = t.opened.emplace(file.open()).input;
-    return;
-  }
-  Random random(o.seed);
-  const Index kv_heads = o.kv_heads == 0 ? o.heads : o.kv_heads;
-  TensorView* views[3] = {&t.input.q, &t.input.k, &t.input.v};
-  for (int i = 0; i < 3; ++i) {
-    const Index heads = i == 0 ? o.heads : kv_heads;
-    t.memory[i] = random_values(heads * o.length * o.head_size, random);
-    *views[i] = {t.memory[i].data(), DType::f32, {1, heads, o.length, o.head_size}};
-  }
-}
 
 // One mechanism timed: planning and attending. Checks and packing, which every mechanism pays alike, stand apart.
 struct Timing {
@@ -111,11 +79,10 @@ Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat, con
 
 class Bench {
  public:
-  explicit Bench(const Options& o) : o_(o) {
-    fill(o, tensors_);
-    const Shape &q = tensors_.input.q.shape, &k = tensors_.input.k.shape;
-    if (q.size() != 4 || k.size() != 4) check({"dense", {}}, tensors_.input);  // says what is wrong with them
-    if (!o.against.empty()) torch_.emplace(tensors_.input);
+  Bench(const Options& o, const AttendInput& input) : o_(o), input_(input) {
+    const Shape &q = input_.q.shape, &k = input_.k.shape;
+    if (q.size() != 4 || k.size() != 4) check({"dense", {}}, input_);  // says what is wrong with them
+    if (!o.against.empty()) torch_.emplace(input_);
     peaks_ = peaks();
     machine_ = {.isa = "", .f32_flops = peaks_.f32, .bf16_flops = peaks_.bf16, .read_bytes = bandwidth(threads())};
     json_ = {{"machine", machine_name()}, {"isa", kernels().name},
@@ -166,7 +133,7 @@ class Bench {
   bool quiet() const { return o_.json == "-"; }
 
   void time(const std::string& text, const MechanismCall& call, bool causal, DType dtype) {
-    AttendInput in = tensors_.input;
+    AttendInput in = input_;
     in.causal = causal, in.arithmetic = dtype;
     // A file may hold tensors for several mechanisms.
     const Mechanism& m = find_mechanism(call.name);
@@ -234,10 +201,10 @@ class Bench {
   }
 
   const Options& o_;
+  const AttendInput& input_;
   Peaks peaks_;
   Machine machine_;
   std::vector<double> off_;
-  Tensors tensors_;
   std::optional<TorchAttend> torch_;
   Json json_;
   std::map<bool, double> dense_s_;  // by causality
@@ -246,7 +213,7 @@ class Bench {
 void bench_attend(Options o) {
   if (o.mechanisms.empty())
     o.mechanisms = {"dense", "streaming:sink=64,window=512", "moba:block=128,top_k=8", "power:block=128"};
-  Bench bench(o);
+  Bench bench(o, o.tensors.fill());
   for (DType dtype : {DType::f32, DType::bf16})
     if (o.dtype == "both" || o.dtype == name_of(dtype)) bench.run(dtype);
   bench.conclude();
@@ -262,19 +229,11 @@ void add_bench_attend(CLI::App& bench, Job& job) {
   command
       ->add_option("--mechanism", o->mechanisms, "NAME[:p=v,…], may be given several times; dense first gives ratios")
       ->take_all();
-  command
-      ->add_option("--input", o->input, "A safetensors file with q, k, v and extra tensors (default: random numbers)")
-      ->type_name("F");
-  command->add_option("--length", o->length, "Tokens N = M")->check(whole_number(1, 1 << 24))->capture_default_str();
-  command->add_option("--heads", o->heads, "Query heads")->check(whole_number(1, 1024))->capture_default_str();
-  command->add_option("--kv-heads", o->kv_heads, "Key heads (default: as many as query heads)")
-      ->check(whole_number(1, 1024));
-  command->add_option("--head-size", o->head_size, "D")->check(whole_number(1, 512))->capture_default_str();
+  o->tensors.add(*command);
   command->add_option("--dtype", o->dtype, "f32, bf16 or both")
       ->check(one_of({"f32", "bf16", "both"}))
       ->capture_default_str();
   command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
-  command->add_option("--seed", o->seed, "Seed of the random numbers")->check(whole_number(0))->capture_default_str();
   command->add_flag("--full", o->full, "Not causal, where a mechanism leaves the choice");
   add_against(*command, o->against, {"torch"});
   command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")

@@ -15,7 +15,8 @@ void add_calibrate(CLI::App& app, Job& job);
 void add_plan(CLI::App& app, Job& job);
 void add_tokenize(CLI::App& app, Job& job);
 void add_inspect(CLI::App& app, Job& job);
-/// A command of the program heed-torch beside this one: takes its place, with the same arguments.
+/// Commands of the program heed-torch beside this one, which takes its place, with the same arguments.
 void add_train(CLI::App& app, Job& job, char** argv);
+void add_lab(CLI::App& app, Job& job, char** argv);
 
 }  // namespace heed::cli

@@ -26,6 +26,7 @@ int main(int argc, char** argv) {
                     add_plan(app, job);
                     add_calibrate(app, job);
                     add_train(app, job, argv);
+                    add_lab(app, job, argv);
                     add_tokenize(app, job);
                     add_inspect(app, job);
                     add_bench(app, job);

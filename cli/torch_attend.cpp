@@ -93,4 +93,11 @@ bool TorchAttend::take_up(const MechanismCall& call, const AttendInput& in, cons
   return true;
 }
 
+void TorchAttend::take_up_backward(const AttendInput& in) {
+  runs_ = {}, error_ = {}, flex_ = false;
+  request_ =
+      Json::object({{"dtype", name_of(in.arithmetic)}, {"mask", in.causal ? "causal" : "full"}, {"backward", true}});
+  peer_.run(request_);
+}
+
 }  // namespace heed::cli

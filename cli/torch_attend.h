@@ -20,6 +20,8 @@ class TorchAttend {
   /// query aside, come in whole blocks of 64. `reference`: held against torch's output, where there is one.
   bool take_up(const MechanismCall& call, const AttendInput& in, const Plan& plan, const AttendStats& stats,
                const std::optional<ReferenceRows>& reference);
+  /// Makes dense attention and its gradient what run() repeats.
+  void take_up_backward(const AttendInput& in);
   void run() { runs_.add(peer_.run(request_)); }
 
   const Runs& runs() const { return runs_; }

@@ -10,7 +10,7 @@ target_link_libraries(heed_nn PUBLIC heed_torch heed_model PRIVATE nlohmann_json
 target_compile_options(heed_nn PUBLIC $<$<CONFIG:Release>:-O1>)
 
 if(HEED_COMMAND)
-  file(GLOB HEED_TORCH_CLI_SOURCES CONFIGURE_DEPENDS cli/torch/*.cpp)
+  file(GLOB HEED_TORCH_CLI_SOURCES CONFIGURE_DEPENDS cli/torch/*.cpp lab/*.cpp)
   add_executable(heed_torch_command ${HEED_TORCH_CLI_SOURCES})
   set_target_properties(heed_torch_command PROPERTIES OUTPUT_NAME heed-torch INSTALL_RPATH_USE_LINK_PATH ON)
   target_link_libraries(heed_torch_command PRIVATE heed_cli heed_nn heed_options)

@@ -161,3 +161,33 @@ TEST_CASE("bench prefill, decode and linear beside a peer") {
   REQUIRE_MESSAGE(f.code == 0, f.err);
   for (const auto& r : f.json()["results"]) CHECK(r["against"]["torch"]["seconds"] == 0.5);
 }
+
+TEST_CASE("bench backward times a training step, beside torch's") {
+  const std::vector<std::string> backward{"bench",
+                                          "backward",
+                                          "--length",
+                                          "128",
+                                          "--heads",
+                                          "2",
+                                          "--head-size",
+                                          "16",
+                                          "--repeat",
+                                          "2",
+                                          "--mechanism",
+                                          "dense",
+                                          "moba:block=16,top_k=2",
+                                          "--json",
+                                          "-"};
+  const Folder folder;
+  const Finished f = heed_command(with(backward, {"--against", "torch"}), stand_in(folder, patient));
+  REQUIRE_MESSAGE(f.code == 0, f.err);
+  const auto results = f.json()["results"];
+  REQUIRE(results.size() == 2);
+  for (const auto& r : results) {
+    CHECK(r["both_s"].get<double>() > r["forward_s"].get<double>());
+    CHECK(r["against"]["torch"]["both_s"] == 0.5);
+    CHECK(r["against"]["torch"]["ratio"].get<double>() == doctest::Approx(0.5 / r["both_s"].get<double>()));
+  }
+  CHECK(results[0]["density"] == 1.0);
+  CHECK(results[1]["density"].get<double>() < 0.5);
+}

@@ -6,5 +6,6 @@
 namespace heed::cli {
 
 void add_train(CLI::App& app, Job& job);
+void add_lab(CLI::App& app, Job& job);
 
 }  // namespace heed::cli

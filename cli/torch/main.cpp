@@ -4,5 +4,12 @@
 
 int main(int argc, char** argv) {
   using namespace heed::cli;
-  return run({.about = "heed: the commands that need libtorch.", .examples = "", .add = add_train}, argc, argv);
+  return run({.about = "heed: the commands that need libtorch.",
+              .examples = "",
+              .add =
+                  [](CLI::App& app, Job& job) {
+                    add_train(app, job);
+                    add_lab(app, job);
+                  }},
+             argc, argv);
 }

@@ -23,7 +23,7 @@ _heed_mechanisms() {
 }
 
 _heed() {
-  local line=${COMP_LINE:0:COMP_POINT} commands='list explain attend plan run compare calibrate train tokenize inspect bench'
+  local line=${COMP_LINE:0:COMP_POINT} commands='list explain attend plan run compare calibrate train lab tokenize inspect bench'
   local current=${line##*[[:space:]]} command= previous= word words=() choices=
   # Words as the user sees them: bash's own also break at : and =.
   read -r -a words <<< "${line%"$current"}"
@@ -44,13 +44,14 @@ _heed() {
       fi
       ;;
     explain) choices=$(_heed_mechanisms "$1" | grep -v :) ;;
-    bench) choices='peak attend linear prefill decode' ;;
+    bench) choices='peak attend backward linear prefill decode' ;;
+    lab) choices='moba moba-continued' ;;
     --dtype) choices='f32 bf16' ;;
     --kv | --kv-type) choices='f32 bf16 q8_0' ;;
     --phase) choices='prefill decode both' ;;
     --color) choices='auto always never' ;;
     --chat) choices='auto off' ;;
-    --against) [[ $line =~ " bench "(attend|linear)" " ]] && choices=torch || choices='llama.cpp openvino' ;;
+    --against) [[ $line =~ " bench "(attend|backward|linear)" " ]] && choices=torch || choices='llama.cpp openvino' ;;
     --optimizer) choices='adamw muon' ;;
     --task) choices='perplexity passkey copy perplexity,passkey perplexity,passkey,copy' ;;
     *)

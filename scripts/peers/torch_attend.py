@@ -2,7 +2,8 @@
 
 Setup: threads, tensors {q, k, v: shape}, whose f32 values follow.
 Run: dtype (f32, bf16), mask (full, causal, streaming, blocks), sink and window for streaming; answered with seconds, or,
-where the request lists rows, with their outputs o [B, Hq, rows, Dv] as one list.
+where the request lists rows, with their outputs o [B, Hq, rows, Dv] as one list. With backward, the gradients of q, k and
+v are computed too.
 Or blocks: a shape [Hq, N, M / 64], whose u8 values follow: whether a query sees the 64 keys of a block, those that come
 after it aside. The table serves the runs whose mask is blocks.
 
@@ -29,7 +30,7 @@ class Attend:
         names = {name: channel.tensor(torch, shape, torch.float32) for name, shape in setup["tensors"].items()}
         self.tensors = {"f32": [names[n] for n in "qkv"]}
         self.tensors["bf16"] = [x.to(torch.bfloat16) for x in self.tensors["f32"]]
-        self.channel, self.table, self.masks, self.compiled = channel, None, {}, None
+        self.channel, self.table, self.masks, self.compiled, self.dout = channel, None, {}, None, None
 
     def run(self, request):
         if "blocks" in request:
@@ -41,9 +42,20 @@ class Attend:
         if "rows" in request:
             rows = self.torch.tensor(request["rows"])
             return {"o": attend(q, k, v)[:, :, rows].float().flatten().tolist()}
+        if request.get("backward"):
+            return {"seconds": self.backward(attend, q, k, v)}
         start = time.perf_counter()
         attend(q, k, v)
         return {"seconds": time.perf_counter() - start}
+
+    def backward(self, attend, q, k, v):
+        with self.torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            if self.dout is None or self.dout.dtype != q.dtype:
+                self.dout = self.torch.randn((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+            start = time.perf_counter()
+            attend(*leaves).backward(self.dout)
+            return time.perf_counter() - start
 
     def attention(self, request, q, k):
         grouped = q.shape[1] != k.shape[1]
