@@ -83,8 +83,24 @@ inline float dot(const float* a, const float* b, Index n) {
   return sum;
 }
 
+/// Σ x², in f64: a norm scales all that follows it, so its error would reach every score of a row at once, and the
+/// choices of a mechanism with it.
+inline double sum_of_squares(const float* x, Index n) {
+  constexpr int lanes = 8;  // independent, so that the compiler may keep them in vectors
+  double sums[lanes] = {};
+  Index i = 0;
+  for (; i + lanes <= n; i += lanes)
+#pragma GCC unroll 8
+    for (int j = 0; j < lanes; ++j) sums[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  for (; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum;
+}
+
 inline void rms_norm(const float* x, const float* weight, Index n, float eps, float* out) {
-  const float r = 1 / __builtin_sqrtf(dot(x, x, n) / static_cast<float>(n) + eps);
+  const double mean = sum_of_squares(x, n) / static_cast<double>(n);
+  const float r = static_cast<float>(1 / __builtin_sqrt(mean + static_cast<double>(eps)));
   for (Index i = 0; i < n; ++i) out[i] = x[i] * r * weight[i];
 }
 
