@@ -205,7 +205,7 @@ struct Differentiable {
     const double start = now();
     const Mechanism& m = checked.mechanism;
     if (m.plan_gradient == nullptr || !m.plan_gradient(checked.params, checked.inputs))
-      fail("{}: no backward pass yet, expected a mechanism whose gradient is that of its plan", call.text());
+      fail("{}: no backward pass yet, expected a mechanism that has one with these parameters", call.text());
     const Problem& p = checked.inputs.problem;
     if (!real(dout.dtype)) fail("do: dtype = {}, expected f32, f16 or bf16", name_of(dout.dtype));
     check_shape(dout, "do", {p.B, p.Hq, p.N, p.Dv}, ", as o is");
@@ -223,24 +223,38 @@ struct Differentiable {
     if (x.shape != expected) fail("{}: shape = {}, expected {}{}", name, to_string(x.shape), to_string(expected), why);
   }
 
+  bool finishes() const {
+    const Mechanism& m = checked.mechanism;
+    return m.finishes != nullptr && m.finishes(checked.params, checked.inputs);
+  }
+
+  // o and lse as the plan gave them, dout of the finished o.
   AttendGradients gradients(const AttendInput& in, const TensorView& o, const TensorView& lse, const TensorView& dout) {
-    const Problem& p = checked.inputs.problem;
-    PlanGradients found = heed::attend_backward(plan, o, lse, dout);
+    const Mechanism& m = checked.mechanism;
+    const bool other = finishes() && m.unfinish != nullptr;
+    const Tensor unfinished = other ? m.unfinish(checked.params, checked.inputs, plan, dout) : Tensor();
+    PlanGradients found = heed::attend_backward(plan, o, lse, other ? unfinished.view() : dout);
     fold(plan, found);
-    const auto shaped = [&](const Tensor& x, Index heads) {
-      Tensor y(DType::f32, {p.B, heads, x.shape()[1], x.shape()[2]});
-      std::copy_n(x.as<float>(), x.size(), y.as<float>());
-      return y;
-    };
     AttendGradients result;
-    result.dk = shaped(found.sources[0].dk, p.Hk), result.dv = shaped(found.sources[0].dv, p.Hk);
+    result.dq = std::move(found.dq);
+    result.dk = by_kv_head(found.sources[0].dk), result.dv = by_kv_head(found.sources[0].dv);
     result.stats = found.stats;
     if (found.dbias.data() != nullptr && in.extra.contains("bias"))
       result.extra.emplace("bias", std::move(found.dbias));
-    const Mechanism& m = checked.mechanism;
-    if (m.finish_gradient != nullptr) m.finish_gradient(checked.params, checked.inputs, found, result);
-    result.dq = std::move(found.dq);
+    if (m.finish_gradient != nullptr) m.finish_gradient(checked.params, checked.inputs, {plan, o, dout, found}, result);
     return result;
+  }
+
+  // [views, M, width] → [B, Hk, M, width]: query heads that see keys of their own add to their KV head's.
+  Tensor by_kv_head(const Tensor& x) const {
+    const Problem& p = checked.inputs.problem;
+    const Index size = x.shape()[1] * x.shape()[2], each = x.shape()[0] / (p.B * p.Hk);
+    Tensor y(DType::f32, {p.B, p.Hk, x.shape()[1], x.shape()[2]});
+    parallel_for(p.B * p.Hk, [&](Index head, int) {
+      for (Index view = head * each; view < (head + 1) * each; ++view)
+        for (Index i = 0; i < size; ++i) y.as<float>()[head * size + i] += x.as<float>()[view * size + i];
+    });
+    return y;
   }
 };
 
@@ -279,8 +293,17 @@ AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in
   if (o.dtype != DType::f32) fail("o: dtype = {}, expected f32", name_of(o.dtype));
   if (lse.dtype != DType::f32) fail("lse: dtype = {}, expected f32", name_of(lse.dtype));
   made.check_shape(o, "o", {p.B, p.Hq, p.N, p.Dv});
-  made.check_shape(lse, "lse", {p.B, p.Hq, p.N});
-  AttendGradients result = made.gradients(in, o, lse, dout);
+  const Mechanism& m = made.checked.mechanism;
+  const bool without = m.without_lse != nullptr && m.without_lse(made.checked.params);
+  made.check_shape(lse, "lse", without ? Shape{0} : Shape{p.B, p.Hq, p.N});
+  AttendGradients result;
+  if (made.finishes()) {  // o is no longer what the plan gave
+    const AttendOutput again = attend(made.checked, made.plan);
+    result = made.gradients(in, again.o.view(), again.lse.view(), dout);
+    result.stats.attend_s += again.stats.attend_s;
+  } else {
+    result = made.gradients(in, o, lse, dout);
+  }
   result.stats.plan_s += made.plan_s;
   return result;
 }

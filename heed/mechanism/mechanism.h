@@ -74,6 +74,14 @@ struct AttendGradients {
   AttendStats stats;   // of the backward pass
 };
 
+/// A plan that was carried out and differentiated, for Mechanism::finish_gradient.
+struct Differentiated {
+  const Plan& plan;
+  const TensorView& o;       // [B, Hq, R, Dv] f32, as the plan gave it
+  const TensorView& dout;    // [B, Hq, N, Dv] of the finished o; f32, f16 or bf16
+  PlanGradients& gradients;  // of the plan; its dq is in AttendGradients already
+};
+
 /// For Mechanism::plan_gradient.
 bool always(const Params& params, const Inputs& in);
 
@@ -97,12 +105,19 @@ struct Mechanism {
   Plan (*plan)(const Params& params, const Inputs& in) = nullptr;
   /// Whether no single softmax stands behind a row, so that lse is empty. Null: one always does.
   bool (*without_lse)(const Params& params) = nullptr;
-  /// Whether, with these inputs, its gradient is that of its plan, what was selected taken as constant; finish() then
-  /// leaves o and lse as they are. Null: never.
+  /// Whether, with these inputs, it has a backward pass: the gradient of its plan, what was selected taken as constant,
+  /// and from there on what unfinish() and finish_gradient() say. Null: never.
   bool (*plan_gradient)(const Params& params, const Inputs& in) = nullptr;
-  /// Names what else the plan's gradients hold: those of extra tensors that became sources. Null: nothing. `out` holds
-  /// dq, dk and dv of source 0 and of all sources derived from it.
-  void (*finish_gradient)(const Params& params, const Inputs& in, PlanGradients& plan, AttendGradients& out) = nullptr;
+  /// Whether, with these inputs, finish() changes o or lse: what attend() gave is then not what the plan gave, and the
+  /// backward pass attends again. Null: never.
+  bool (*finishes)(const Params& params, const Inputs& in) = nullptr;
+  /// The gradient of the plan's o [B, Hq, R, Dv] from that of the finished one, dout [B, Hq, N, Dv]. Null: the same.
+  Tensor (*unfinish)(const Params& params, const Inputs& in, const Plan& plan, const TensorView& dout) = nullptr;
+  /// Takes the plan's gradients home to what it was made of: queries, keys and values that are not the input's as they
+  /// stand, extra tensors, what finish() mixed in. `out` holds dq, dk and dv of the plan's queries, of source 0 and of
+  /// all sources with Members, for it to change. Null: nothing is left to do.
+  void (*finish_gradient)(const Params& params, const Inputs& in, const Differentiated& done,
+                          AttendGradients& out) = nullptr;
   /// What is left to do after the plan was carried out (a mean over clusters, a transposition, an
   /// extra output), or null. `out` holds o [B, Hq, R, Dv] and lse [B, Hq, R] of the plan's own problem.
   void (*finish)(const Params& params, const Inputs& in, const Plan& plan, AttendOutput& out) = nullptr;

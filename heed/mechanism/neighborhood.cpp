@@ -90,14 +90,14 @@ Plan plan_neighborhood(const Params& p, const Inputs& in) {
   return plan;
 }
 
-void finish_neighborhood_gradient(const Params&, const Inputs& in, PlanGradients& plan, AttendGradients& out) {
+void finish_neighborhood_gradient(const Params&, const Inputs& in, const Differentiated& done, AttendGradients& out) {
   if (in.find("k_extra") == nullptr) return;
   const auto give = [&](const char* name, const Tensor& x) {
     Tensor d(DType::f32, in.find(name)->shape);
     std::copy_n(x.as<float>(), x.size(), d.as<float>());
     out.extra.emplace(name, std::move(d));
   };
-  give("k_extra", plan.sources.back().dk), give("v_extra", plan.sources.back().dv);
+  give("k_extra", done.gradients.sources.back().dk), give("v_extra", done.gradients.sources.back().dv);
 }
 
 }  // namespace heed::mechanism

@@ -18,6 +18,6 @@ GridWindow read_windows(const Params& p, const Inputs& in);
 Plan plan_neighborhood(const Params& p, const Inputs& in);
 
 /// Gradients of k_extra and v_extra, where they were given.
-void finish_neighborhood_gradient(const Params& p, const Inputs& in, PlanGradients& plan, AttendGradients& out);
+void finish_neighborhood_gradient(const Params& p, const Inputs& in, const Differentiated& done, AttendGradients& out);
 
 }  // namespace heed::mechanism

@@ -20,7 +20,8 @@ const std::vector<const Mechanism*>& mechanisms() {
       &moa(),        &blockrank(),
       &paro(),       &llsa(),
       &biformer(),   &routing_transformer(),
-      &pbs_attn(),   &flex(),
+      &pbs_attn(),   &gated_attention(),
+      &flex(),
   };
   return table;
 }

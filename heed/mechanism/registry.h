@@ -35,6 +35,7 @@ const Mechanism& llsa();
 const Mechanism& biformer();
 const Mechanism& routing_transformer();
 const Mechanism& pbs_attn();
+const Mechanism& gated_attention();
 const Mechanism& flex();
 
 }  // namespace heed::mechanism
