@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <numeric>
 
 #include "heed/kernel/kernels.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 #include "support/grids.h"
 
 using namespace heed;
@@ -362,4 +365,45 @@ TEST_CASE("biformer refuses what it cannot mean") {
   AttendInput in = with("lepe_w", {16, 3, 3});
   in.extra["lepe_b"] = {numbers.data(), DType::f32, {15}};
   CHECK_FAILS(run("biformer:grid=5x8,regions=2", in), Error, "lepe_b: shape = [15], expected [16]");
+}
+
+TEST_CASE("biformer's gradients through the convolution of the values agree with central differences") {
+  for (const DType arithmetic : {DType::f32, DType::bf16})
+    for (const Index side : {1, 3, 5})
+      for (const bool biased : {false, true}) {
+        const Sizes s{2, 4, 2, 20, 20, 3, 4};
+        const BiFormer o{4, 5, 2, 2};
+        const Case given(s, DType::f32, arithmetic);
+        CAPTURE(given.describe());
+        CAPTURE(side);
+        Case c = widened(given);
+        std::vector<float> w = values(static_cast<size_t>(2 * 4 * side * side), 5);
+        std::vector<float> bias = biased ? values(8, 6) : std::vector<float>();
+        const Routing routing = naive_routing(c, o);
+        CHECK(std::count(routing.undecided.begin(), routing.undecided.end(), 1) == 0);
+        const Sample dout = random_dout(s);
+        const auto loss = [&] {
+          Naive n = naive_biformer(c, o);
+          add_lepe(n, c, o, w, side, bias);
+          return loss_of(n.o, dout);
+        };
+        AttendInput in = given.input();
+        in.extra["lepe_w"] = {w.data(), DType::f32, {8, side, side}};
+        if (biased) in.extra["lepe_b"] = {bias.data(), DType::f32, {8}};
+        const double tolerance = gradient_tolerance(arithmetic);
+        AttendOutput forward;
+        const AttendGradients got = attend_backward(MechanismCall::parse(o.call()), in, dout.view(), &forward);
+        CHECK_GRADIENT("dq", got.dq, differences(c.q, loss), tolerance);
+        CHECK_GRADIENT("dk", got.dk, differences(c.k, loss), tolerance);
+        CHECK_GRADIENT("dv", got.dv, differences(c.v, loss), tolerance);
+        CHECK(got.extra.size() == (biased ? 2u : 1u));
+        CHECK(got.extra.at("lepe_w").shape() == Shape{8, side, side});
+        CHECK_GRADIENT("dlepe_w", got.extra.at("lepe_w"), differences(w, loss), tolerance);
+        if (biased) CHECK_GRADIENT("dlepe_b", got.extra.at("lepe_b"), differences(bias, loss), tolerance);
+        // What attend() gave is enough, although o is no longer attention's own.
+        const AttendGradients again =
+            attend_backward(MechanismCall::parse(o.call()), in, dout.view(), forward.o.view(), forward.lse.view());
+        CHECK(std::memcmp(again.dq.data(), got.dq.data(), static_cast<size_t>(got.dq.bytes())) == 0);
+        CHECK(std::memcmp(again.dv.data(), got.dv.data(), static_cast<size_t>(got.dv.bytes())) == 0);
+      }
 }

@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <numeric>
 
 #include "heed/kernel/kernels.h"
-#include "support/naive.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -326,4 +328,95 @@ TEST_CASE("combiner refuses what it cannot mean") {
   const Case longer({1, 1, 1, 20, 30, 16, 16});
   CHECK_FAILS(run("combiner:block=10", longer.input(true)), Error,
               "combiner: 20 queries and 30 keys, expected as many of one as of the other");
+}
+
+namespace {
+
+void check_combiner_gradients(const Case& given, const Combiner& options) {
+  const std::string call = options.call();
+  CAPTURE(call);
+  CAPTURE(given.describe());
+  Case c = widened(given);
+  const Sample dout = random_dout(c.size);
+  const auto loss = [&] { return loss_of(naive_combiner(c, options).o, dout); };
+  const std::vector<double> dq = differences(c.q, loss), dk = differences(c.k, loss), dv = differences(c.v, loss);
+  const double tolerance = gradient_tolerance(given.arithmetic);
+  for (const std::string& isa : available_isas()) {
+    const UseIsa use(isa);
+    const AttendGradients got = gradients(call, given.input(options.causal), dout);
+    CHECK_GRADIENT("dq", got.dq, dq, tolerance);
+    CHECK_GRADIENT("dk", got.dk, dk, tolerance);
+    CHECK_GRADIENT("dv", got.dv, dv, tolerance);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("combiner's gradients go through its summaries: central differences of its definition") {
+  for (const DType arithmetic : {DType::f32, DType::bf16}) {
+    const auto at = [&](const Sizes& s) { return Case(s, DType::f32, arithmetic); };
+    for (const bool causal : {true, false}) {
+      check_combiner_gradients(at(square(12, 4, 2, 5, 3)), {"fixed", 4, causal});
+      check_combiner_gradients(at(square(9, 2, 2, 4, 6, 2)), {"fixed", 3, causal});
+      check_combiner_gradients(at(square(8, 2, 1, 4, 4)), {"fixed", 8, causal});
+      check_combiner_gradients(at(square(1, 2, 1, 4, 3)), {"fixed", 1, causal});
+    }
+    for (const Index n : {1, 2, 3, 11, 17}) check_combiner_gradients(at(square(n, 4, 2, 4, 3)), {"logsparse"});
+    check_combiner_gradients(at(square(12, 4, 2, 4, 3)), {"mixture", 4});
+    check_combiner_gradients(at(square(10, 2, 2, 3, 4, 2)), {"mixture", 5});
+    check_combiner_gradients(at(square(6, 2, 1, 4, 4)), {"mixture", 1});
+    check_combiner_gradients(at(square(6, 2, 1, 4, 4)), {"mixture", 6});
+  }
+}
+
+TEST_CASE("combiner's gradients across panels and row blocks: differences along random directions") {
+  for (const Combiner& options : {Combiner{"fixed", 50}, Combiner{"fixed", 70, false}, Combiner{"logsparse"},
+                                  Combiner{"mixture", 14}, Combiner{"mixture", 175}}) {
+    const std::string call = options.call();
+    CAPTURE(call);
+    Case c(square(350, 4, 2, 8, 8));
+    const Sample dout = random_dout(c.size);
+    const AttendGradients got = gradients(call, c.input(options.causal), dout);
+    const auto along = [&](Sample Case::* which, const Tensor& gradient) {
+      const Case before = c;
+      const Shape s = (c.*which).view().shape;
+      const Sample direction(DType::f32, s[0], s[1], s[2], s[3], Layout::packed, 4, 2e-5);
+      double slope = 0, step = 0;
+      const auto move = [&](double sign) {
+        slope = 0, step = 0;
+        for (Index h = 0, at = 0; h < s[1]; ++h)
+          for (Index t = 0; t < s[2]; ++t)
+            for (Index i = 0; i < s[3]; ++i, ++at) {
+              const double x = (before.*which).get(0, h, t, i);
+              (c.*which).set(0, h, t, i, x + sign * direction.get(0, h, t, i));
+              const double moved = (c.*which).get(0, h, t, i) - x;
+              slope += moved * static_cast<double>(gradient.as<float>()[at]), step += moved * moved;
+            }
+        const double loss = loss_of(naive_combiner(c, options).o, dout);
+        c = before;
+        return loss;
+      };
+      const double base = loss_of(naive_combiner(c, options).o, dout);
+      const double more = move(1) - base;
+      CHECK(std::fabs(more - slope) < 1e-2 * std::fabs(slope) + 1e-4 * std::sqrt(step));
+    };
+    along(&Case::q, got.dq), along(&Case::k, got.dk), along(&Case::v, got.dv);
+  }
+}
+
+TEST_CASE("combiner's gradients: the same bits for any number of threads") {
+  const Case c(square(360, 4, 2, 16, 16));
+  const Sample dout = random_dout(c.size);
+  for (const std::string& variant : variants) {
+    AttendGradients first;
+    for (const int n : {1, 2, 3}) {
+      const UseThreads threads(n);
+      AttendGradients got = gradients(Combiner{variant, 20}.call(), c.input(true), dout);
+      if (n == 1) first = std::move(got);
+      else
+        for (const auto& [a, b] :
+             {std::pair(&got.dq, &first.dq), std::pair(&got.dk, &first.dk), std::pair(&got.dv, &first.dv)})
+          CHECK(std::memcmp(a->data(), b->data(), static_cast<size_t>(a->bytes())) == 0);
+    }
+  }
 }

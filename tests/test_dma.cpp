@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <set>
 
 #include "heed/kernel/kernels.h"
-#include "support/naive.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -286,4 +288,120 @@ TEST_CASE("dma refuses what it cannot mean") {
   CHECK_FAILS(run("dma", with(c, huge)), Error, "dma: gate of key 0 in KV head 1 = inf, expected a finite number");
   CHECK_FAILS(run("dma", Case({1, 3, 2, 8, 8, 16, 16}).input()), Error,
               "q: 3 heads, expected a multiple of the 2 heads of k");
+}
+
+namespace {
+
+std::vector<double> naive_dma(const Case& c, const DmaGate& gate, const DmaOptions& o) {
+  const auto& s = c.size;
+  std::vector<std::vector<double>> delta;
+  for (Index b = 0; b < s.B; ++b)
+    for (Index g = 0; g < s.Hk; ++g) {
+      auto& x = delta.emplace_back();
+      for (Index j = 0; j < s.M; ++j) x.push_back(importance(c, gate, b, g, j, o.linear));
+    }
+  const auto at = [&](Index b, Index h) -> const std::vector<double>& {
+    return delta[static_cast<size_t>(b * s.Hk + c.kv_head(h))];
+  };
+  NaiveOptions options;
+  options.change = [&](Index b, Index h, Index, Index j, double score) {
+    return score + at(b, h)[static_cast<size_t>(j)];
+  };
+  const auto sees = [&](Index b, Index h, Index t, Index j) { return kept(at(b, h), position(c, t), o).contains(j); };
+  return naive_attention(c, sees, options).o;
+}
+
+}  // namespace
+
+TEST_CASE("dma's gradients, its gate's and the values' way through it included, agree with central differences") {
+  for (const DType arithmetic : {DType::f32, DType::bf16})
+    for (const bool linear : {false, true})
+      for (const Sizes& s : {Sizes{1, 4, 2, 7, 9, 4, 3}, Sizes{2, 2, 2, 6, 6, 3, 4}, Sizes{1, 2, 1, 1, 8, 4, 5}})
+        for (const bool bias : {true, false}) {
+          const Case given(s, DType::f32, arithmetic);
+          CAPTURE(given.describe());
+          CAPTURE(linear);
+          Case c = widened(given);
+          DmaGate gate(s, 11, bias);
+          const DmaOptions o{.budget = 4, .linear = linear, .keep_self = bias};
+          const Sample dout = random_dout(s);
+          const auto loss = [&] { return loss_of(naive_dma(c, gate, o), dout); };
+          const double tolerance = gradient_tolerance(arithmetic);
+          const AttendGradients got = gradients(o.call(), with(given, gate), dout);
+          CHECK_GRADIENT("dq", got.dq, differences(c.q, loss), tolerance);
+          CHECK_GRADIENT("dk", got.dk, differences(c.k, loss), tolerance);
+          CHECK_GRADIENT("dv", got.dv, differences(c.v, loss), tolerance);
+          CHECK(got.extra.size() == (bias ? 3u : 2u));
+          CHECK(got.extra.at("w_dt").shape() == Shape{s.Hk, s.Hk * s.Dv});
+          CHECK_GRADIENT("dw_dt", got.extra.at("w_dt"), differences(gate.w, loss), tolerance);
+          CHECK_GRADIENT("da", got.extra.at("a"), differences(gate.a, loss), tolerance);
+          if (bias) CHECK_GRADIENT("db_dt", got.extra.at("b_dt"), differences(gate.b, loss), tolerance);
+        }
+}
+
+TEST_CASE("dma's gradients at larger sizes: a bias per key, and the gate by hand") {
+  for (const std::string& isa : available_isas()) {
+    const UseIsa use(isa);
+    const Sizes s{1, 8, 2, 250, 333, 16, 24};
+    const Case c(s);
+    const DmaGate gate(s, 3);
+    const DmaOptions o{.budget = 70};
+    const Sample dout = random_dout(s);
+    std::vector<std::vector<double>> delta;
+    std::vector<std::set<Index>> sets;
+    for (Index g = 0; g < s.Hk; ++g) {
+      auto& x = delta.emplace_back();
+      for (Index j = 0; j < s.M; ++j) x.push_back(importance(c, gate, 0, g, j, false));
+      for (Index t = 0; t < s.N; ++t) sets.push_back(kept(x, position(c, t), o));
+    }
+    GradientOptions options;
+    options.log_weights = s.Hk * s.M;
+    Gradients want = naive_gradients(
+        c,
+        [&](Index, Index h, Index t) {
+          std::vector<Met> all;
+          const Index g = c.kv_head(h);
+          for (const Index j : sets[static_cast<size_t>(g * s.N + t)]) {
+            Met met{{j}};
+            met.log_weight = delta[static_cast<size_t>(g)][static_cast<size_t>(j)], met.weight_of = g * s.M + j;
+            all.push_back(met);
+          }
+          return all;
+        },
+        dout, options);
+    std::vector<double> dw(gate.w.size()), da(2), db(2);
+    for (Index g = 0; g < s.Hk; ++g)
+      for (Index j = 0; j < s.M; ++j) {
+        double dt = static_cast<double>(gate.b[static_cast<size_t>(g)]);
+        for (Index i = 0; i < s.Hk * s.Dv; ++i)
+          dt +=
+              static_cast<double>(gate.w[static_cast<size_t>(g * s.Hk * s.Dv + i)]) * c.v_at(0, i / s.Dv, j, i % s.Dv);
+        const double a = static_cast<double>(gate.a[static_cast<size_t>(g)]);
+        const double d =
+            want.dlog_weight[static_cast<size_t>(g * s.M + j)] * delta[static_cast<size_t>(g)][static_cast<size_t>(j)];
+        da[static_cast<size_t>(g)] += d * std::log(1 + std::exp(dt));
+        const double ddt = d * a / (1 + std::exp(-dt));
+        db[static_cast<size_t>(g)] += ddt;
+        for (Index i = 0; i < s.Hk * s.Dv; ++i) {
+          const auto at = static_cast<size_t>(g * s.Hk * s.Dv + i);
+          dw[at] += ddt * c.v_at(0, i / s.Dv, j, i % s.Dv);
+          want.dv[static_cast<size_t>((i / s.Dv * s.M + j) * s.Dv + i % s.Dv)] += ddt * static_cast<double>(gate.w[at]);
+        }
+      }
+    AttendGradients first;
+    for (const int n : {1, 2, 3}) {
+      const UseThreads threads(n);
+      AttendGradients got = gradients(o.call(), with(c, gate), dout);
+      check_gradients(c, got, want);
+      CHECK_GRADIENT("dw_dt", got.extra.at("w_dt"), dw, gradient_tolerance(DType::f32));
+      CHECK_GRADIENT("da", got.extra.at("a"), da, gradient_tolerance(DType::f32));
+      CHECK_GRADIENT("db_dt", got.extra.at("b_dt"), db, gradient_tolerance(DType::f32));
+      if (n == 1) first = std::move(got);
+      else
+        for (const auto& [x, y] :
+             {std::pair(&got.dv, &first.dv), std::pair(&got.extra.at("w_dt"), &first.extra.at("w_dt")),
+              std::pair(&got.extra.at("a"), &first.extra.at("a"))})
+          CHECK(std::memcmp(x->data(), y->data(), static_cast<size_t>(x->bytes())) == 0);
+    }
+  }
 }

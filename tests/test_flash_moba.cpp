@@ -1,13 +1,15 @@
 // flash-moba against its equations: keys convolved over time, block means, the top of their scores.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <tuple>
 
 #include "heed/base/scratch.h"
 #include "heed/kernel/kernels.h"
-#include "support/naive.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -367,4 +369,75 @@ TEST_CASE("flash-moba refuses what it cannot mean") {
   CHECK_FAILS(run("flash-moba", more.input(true)), Error, "q: 9 queries, expected at most the 8 keys when causal");
   CHECK_FAILS(run("flash-moba", input_of(more, {.causal = false}, documents({3, 5}))), Error,
               "doc: 9 queries and 8 keys, expected at most as many queries as documents have tokens");
+}
+
+TEST_CASE("flash-moba's gradients through the convolution of keys agree with central differences") {
+  for (const DType arithmetic : {DType::f32, DType::bf16})
+    for (const bool causal : {true, false})
+      for (const bool packed : {false, true})
+        for (const Sizes& s : {Sizes{1, 4, 2, 13, 13, 4, 3}, Sizes{2, 2, 2, 6, 9, 3, 4}, Sizes{1, 2, 1, 1, 7, 4, 5}}) {
+          const Case given(s, DType::f32, arithmetic);
+          CAPTURE(given.describe());
+          CAPTURE(causal);
+          Case c = widened(given);
+          Docs docs;
+          for (Index b = 0; b < s.B && packed; ++b)
+            for (Index j = 0; j < s.M; ++j) docs.push_back(j < 4 ? 0 : 1);
+          Sample w = taps(s.Hk, s.D, 3);
+          const Flash o{.block = 3, .top_k = 2, .causal = causal, .conv = &w};
+          const Chosen fixed = choose(convolved(c, o, docs), o, docs);
+          CHECK(std::count(fixed.undecided.begin(), fixed.undecided.end(), 1) == 0);
+          const Sample dout = random_dout(s);
+          const double step = 4e-3;  // convolved keys are kept in f32
+          const auto loss = [&] { return loss_of(naive_flash(c, o, docs).o, dout); };
+          const double tolerance = gradient_tolerance(arithmetic);
+          const AttendGradients got = gradients(o.call(), input_of(given, o, docs), dout);
+          CHECK_GRADIENT("dq", got.dq, differences(c.q, loss, step), tolerance);
+          CHECK_GRADIENT("dk", got.dk, differences(c.k, loss, step), tolerance);
+          CHECK_GRADIENT("dv", got.dv, differences(c.v, loss, step), tolerance);
+          CHECK(got.extra.at("kconv_w").shape() == Shape{s.Hk, s.D, 3});
+          CHECK_GRADIENT("dkconv_w", got.extra.at("kconv_w"), differences(w, loss, step), tolerance);
+        }
+}
+
+TEST_CASE("flash-moba's gradients across panels: those of convolved keys, taken home by hand") {
+  for (const std::string& isa : available_isas()) {
+    const UseIsa use(isa);
+    const Sizes s{1, 4, 2, 500, 560, 8, 16};
+    const Case c(s);
+    const Sample w = taps(2, 8, 5), dout = random_dout(s);
+    const Flash o{.block = 16, .top_k = 4, .conv = &w};
+    const Case x = convolved(c, o, {});
+    const AttendInput in = input_of(c, o);
+    // Pairs as the plan names them; its source of convolved keys has the input's columns.
+    const MetBy met = met_by_plan(plan_of(MechanismCall::parse(o.call()), in));
+    Gradients want = naive_gradients(
+        x,
+        [&](Index b, Index h, Index t) {
+          std::vector<Met> all = met(b, h, t);
+          for (Met& m : all) m.tokens = {m.other}, m.other = -1;
+          return all;
+        },
+        dout);
+    std::vector<double> dk = want.dk, dw(2 * 8 * 5);
+    for (Index g = 0; g < 2; ++g)
+      for (Index t = 0; t < 560; ++t)
+        for (Index i = 0; i < 8; ++i) {
+          double y = 0;
+          for (Index l = 0; l < 5 && l <= t; ++l) y += w.get(0, g, i, l) * c.k_at(0, g, t - l, i);
+          const double open = 1 / (1 + std::exp(-y)), slope = open * (1 + y * (1 - open));
+          const double d = want.dk[static_cast<size_t>((g * 560 + t) * 8 + i)] * slope;
+          for (Index l = 0; l < 5 && l <= t; ++l) {
+            dk[static_cast<size_t>((g * 560 + t - l) * 8 + i)] += d * w.get(0, g, i, l);
+            dw[static_cast<size_t>((g * 8 + i) * 5 + l)] += d * c.k_at(0, g, t - l, i);
+          }
+        }
+    want.dk = dk;
+    for (const int n : {1, 3}) {
+      const UseThreads threads(n);
+      const AttendGradients got = gradients(o.call(), in, dout);
+      check_gradients(c, got, want);
+      CHECK_GRADIENT("dkconv_w", got.extra.at("kconv_w"), dw, gradient_tolerance(DType::f32));
+    }
+  }
 }

@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <set>
 
 #include "heed/kernel/kernels.h"
-#include "support/naive.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -378,4 +380,104 @@ TEST_CASE("routing-transformer refuses what it cannot mean") {
   in.scale = 0.5f;
   CHECK_FAILS(run("routing-transformer:scale=2", in), UsageError,
               "routing-transformer: scale = 2 beside the call's own scale 0.5, expected one of them");
+}
+
+TEST_CASE("routing-transformer's gradients, lists constant, agree with central differences") {
+  for (const DType arithmetic : {DType::f32, DType::bf16})
+    for (const bool shared : {false, true})
+      for (const Sizes& s : {Sizes{1, 4, 2, 11, 11, 6, 3}, Sizes{2, 2, 2, 7, 7, 5, 4}, Sizes{1, 1, 1, 1, 1, 4, 3},
+                             Sizes{1, 4, 1, 5, 12, 6, 4}}) {
+        if (shared && s.N != s.M) continue;
+        for (const bool causal : {true, false}) {
+          const Case given(s, DType::f32, arithmetic);
+          const Routing r{
+              .cluster_size = 5, .scale = 0.4, .mask_self = shared && causal, .shared = shared, .causal = causal};
+          const std::string call = r.call();
+          CAPTURE(call);
+          CAPTURE(given.describe());
+          Case c = widened(given);
+          const Mu mu(c, 3);
+          const Sample dout = random_dout(s);
+          const Naive base = naive_routing(c, r, mu);
+          CHECK(std::count(base.undecided.begin(), base.undecided.end(), 1) == 0);
+          const auto loss = [&] { return loss_of(naive_routing(c, r, mu).o, dout); };
+          const double tolerance = gradient_tolerance(arithmetic);
+          const AttendGradients got = gradients(call, mu.input(given, causal), dout);
+          CHECK_GRADIENT("dq", got.dq, differences(c.q, loss), tolerance);
+          CHECK_GRADIENT("dk", got.dk, differences(c.k, loss), tolerance);
+          CHECK_GRADIENT("dv", got.dv, differences(c.v, loss), tolerance);
+          CHECK(got.extra.empty());
+        }
+      }
+}
+
+TEST_CASE("routing-transformer's gradients across panels: dense ones of normalised q and k, taken home by hand") {
+  // One cluster of all tokens.
+  for (const std::string& isa : available_isas()) {
+    const UseIsa use(isa);
+    const Sizes s{1, 4, 2, 150, 300, 24, 16};
+    const Case c(s);
+    const Mu mu(c, 1);
+    Sample dout = random_dout(s);
+    Case x = c;
+    const auto normalise = [&](Sample& to, auto at, Index heads, Index tokens) {
+      for (Index h = 0; h < heads; ++h)
+        for (Index t = 0; t < tokens; ++t) {
+          std::vector<double> row;
+          for (Index d = 0; d < s.D; ++d) row.push_back(at(h, t, d));
+          row = normalised(row);
+          for (Index d = 0; d < s.D; ++d) to.set(0, h, t, d, row[static_cast<size_t>(d)]);
+        }
+    };
+    normalise(x.q, [&](Index h, Index t, Index d) { return c.q_at(0, h, t, d); }, 4, 150);
+    normalise(x.k, [&](Index h, Index t, Index d) { return c.k_at(0, h, t, d); }, 2, 300);
+    Sample shared = dout;
+    for (Index h = 0; h < 4; ++h)
+      for (Index t = 0; t < 150; ++t)
+        for (Index e = 0; e < 16; ++e) shared.set(0, h, t, e, dout.get(0, h, t, e) / 1.01);
+    GradientOptions options;
+    options.scale = 0.3;
+    Gradients want = naive_gradients(x, met_keys(x, dense_sees(x, true)), shared, options);
+    // d of the row's feature i through all normalised ones.
+    const auto home = [&](std::vector<double>& d, auto at, Index rows, Index tokens) {
+      for (Index r = 0; r < rows; ++r) {
+        std::vector<double> row, into(static_cast<size_t>(s.D));
+        for (Index i = 0; i < s.D; ++i) row.push_back(at(r / tokens, r % tokens, i));
+        for (size_t i = 0; i < row.size(); ++i) {
+          std::vector<double> more = row, less = row;
+          more[i] += 1e-5, less[i] -= 1e-5;
+          more = normalised(more), less = normalised(less);
+          for (size_t j = 0; j < row.size(); ++j)
+            into[i] += (more[j] - less[j]) / 2e-5 * d[static_cast<size_t>(r * s.D) + j];
+        }
+        std::copy(into.begin(), into.end(), d.begin() + r * s.D);
+      }
+    };
+    home(want.dq, [&](Index h, Index t, Index d) { return c.q_at(0, h, t, d); }, 600, 150);
+    home(want.dk, [&](Index h, Index t, Index d) { return c.k_at(0, h, t, d); }, 600, 300);
+    check_gradients(c, gradients("routing-transformer:cluster_size=300,scale=0.3", mu.input(c, true), dout), want);
+  }
+}
+
+TEST_CASE("routing-transformer's gradients: what attend() gave is enough, and threads change no bit") {
+  const Case c({1, 4, 2, 300, 300, 16, 16});
+  const Mu mu(c, 6);
+  const Sample dout = random_dout(c.size);
+  for (const char* call :
+       {"routing-transformer:cluster_size=70", "routing-transformer:cluster_size=70,shared_qk=true"}) {
+    AttendGradients first;
+    for (const int n : {1, 2, 3}) {
+      const UseThreads threads(n);
+      AttendOutput forward;
+      AttendGradients got = attend_backward(MechanismCall::parse(call), mu.input(c, true), dout.view(), &forward);
+      CHECK(forward.lse.size() == 0);
+      const AttendGradients again = attend_backward(MechanismCall::parse(call), mu.input(c, true), dout.view(),
+                                                    forward.o.view(), forward.lse.view());
+      if (n == 1) first = std::move(got);
+      for (const AttendGradients* other : std::initializer_list<const AttendGradients*>{n == 1 ? &first : &got, &again})
+        for (const auto& [a, b] :
+             {std::pair(&other->dq, &first.dq), std::pair(&other->dk, &first.dk), std::pair(&other->dv, &first.dv)})
+          CHECK(std::memcmp(a->data(), b->data(), static_cast<size_t>(a->bytes())) == 0);
+    }
+  }
 }

@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <random>
 
 #include "heed/kernel/kernels.h"
-#include "support/naive.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -256,4 +258,27 @@ TEST_CASE("sparsifiner refuses what it cannot mean") {
   wrong = in, wrong.causal = true;
   CHECK_FAILS(run("sparsifiner:coef_top_k=2", wrong), UsageError,
               "sparsifiner: causal = true, expected false: it is not causal by definition");
+}
+
+TEST_CASE("sparsifiner's gradients are those of its pattern, and its predictor has none") {
+  for (const DType arithmetic : {DType::f32, DType::bf16})
+    for (const bool drop_zero : {false, true})
+      for (const Sizes& s :
+           {Sizes{1, 4, 2, 90, 90, 16, 24}, Sizes{2, 2, 2, 131, 131, 24, 8}, Sizes{1, 2, 1, 1, 1, 16, 16}}) {
+        const Case c(s, DType::f32, arithmetic);
+        const Weights w(s, 5, 6, 3, drop_zero ? 0.02f : 0.05f);
+        const SparsifinerOptions o{.keep = 0.3, .drop_zero = drop_zero};
+        const Sample dout = random_dout(s);
+        const AttendInput in = with(c, w);
+        const Gradients want = naive_gradients(c, met_by_plan(plan_of(MechanismCall::parse(o.call()), in)), dout);
+        AttendGradients first;
+        for (const int n : {1, 2, 3}) {
+          const UseThreads threads(n);
+          AttendGradients got = gradients(o.call(), in, dout);
+          check_gradients(c, got, want);
+          CHECK(got.extra.empty());
+          if (n == 1) first = std::move(got);
+          else CHECK(std::memcmp(got.dk.data(), first.dk.data(), static_cast<size_t>(got.dk.bytes())) == 0);
+        }
+      }
 }

@@ -5,9 +5,10 @@
 #include "heed/exec/attend.h"
 
 namespace heed {
+namespace {
 
-Tensor attend_spans(const Problem& problem, const Queries& queries, const Source& source, const Rule& rule,
-                    std::span<const BlockRange> spans) {
+Plan plan_spans(const Problem& problem, const Queries& queries, const Source& source, const Rule& rule,
+                std::span<const BlockRange> spans) {
   const Index rows = static_cast<Index>(spans.size());
   Plan plan;
   plan.problem = problem;
@@ -36,9 +37,28 @@ Tensor attend_spans(const Problem& problem, const Queries& queries, const Source
                          std::max_element(some.begin(), some.end(), by_end)->end),
               Mask::full());
   };
+  return plan;
+}
+
+}  // namespace
+
+Tensor attend_spans(const Problem& problem, const Queries& queries, const Source& source, const Rule& rule,
+                    std::span<const BlockRange> spans) {
+  const Index rows = static_cast<Index>(spans.size());
+  const Plan plan = plan_spans(problem, queries, source, rule, spans);
   Tensor o(DType::f32, {problem.B, problem.Hq, rows, problem.Dv});
   attend(plan, {o.as<float>(), problem.Hq * rows * problem.Dv, rows * problem.Dv, problem.Dv, nullptr});
   return o;
+}
+
+SpanGradients attend_spans_backward(const Problem& problem, const Queries& queries, const Source& source,
+                                    const Rule& rule, std::span<const BlockRange> spans, const TensorView& dout) {
+  const Index rows = static_cast<Index>(spans.size());
+  const Plan plan = plan_spans(problem, queries, source, rule, spans);
+  Tensor o(DType::f32, {problem.B, problem.Hq, rows, problem.Dv}), lse(DType::f32, {problem.B, problem.Hq, rows});
+  attend(plan, {o.as<float>(), problem.Hq * rows * problem.Dv, rows * problem.Dv, problem.Dv, lse.as<float>()});
+  PlanGradients found = attend_backward(plan, o.view(), lse.view(), dout);
+  return {std::move(found.dq), std::move(found.sources[0])};
 }
 
 }  // namespace heed

@@ -128,33 +128,106 @@ Plan plan_biformer(const Params& p, const Inputs& in) {
   return plan;
 }
 
+// Calls visit(tap, from, to, count) for all taps of a filter at line y of the grid: outputs [to, to + count) of that
+// line meet inputs from `from` on, as tokens. Beyond the grid's borders there are zeros.
+template <class Visit>
+void for_taps(const Lepe& lepe, const GridShape& grid, Index y, const Visit& visit) {
+  const Index height = grid.length[1], width = grid.length[2], reach = lepe.side / 2;
+  for (Index dy = std::max<Index>(0, reach - y); dy < std::min(lepe.side, height + reach - y); ++dy)
+    for (Index dx = 0; dx < lepe.side; ++dx) {
+      const Index first = std::max<Index>(0, reach - dx), end = std::min(width, width + reach - dx);
+      if (first < end)
+        visit(dy * lepe.side + dx, (y + dy - reach) * width + first + dx - reach, y * width + first, end - first);
+    }
+}
+
+// [B · Hk, N, Dv]: of values, or of sums over the query heads of a KV head.
+struct Lines {
+  Tensor x;
+  float* at(Index head, Index token) { return x.as<float>() + (head * x.shape()[1] + token) * x.shape()[2]; }
+};
+
+Lines read_values(const Inputs& in) {
+  const Problem& p = in.problem;
+  Lines v{Tensor(DType::f32, {p.B * p.Hk, p.N, p.Dv})};
+  parallel_for(p.B * p.Hk, [&](Index head, int) {
+    for (Index t = 0; t < p.N; ++t) in.kv->read_value(head, t, v.at(head, t));
+  });
+  return v;
+}
+
+bool has_lepe(const Params&, const Inputs& in) { return in.find("lepe_w") != nullptr; }
+
 // Step 6: o += lepe_w * v + lepe_b on the whole grid, zeros beyond its borders; lse stays attention's.
 void finish_biformer(const Params& p, const Inputs& in, const Plan&, AttendOutput& out) {
   const Lepe lepe = read_lepe(in);
   if (lepe.side == 0) return;
   const Problem& problem = in.problem;
   const GridShape grid = read_grid(p, problem);
-  const Index height = grid.length[1], width = grid.length[2], dv = problem.Dv, side = lepe.side, reach = side / 2;
+  const Index height = grid.length[1], width = grid.length[2], dv = problem.Dv, taps = lepe.side * lepe.side;
+  Lines v = read_values(in);
   parallel_for(problem.B * problem.Hk * height, [&](Index unit, int) {
     const Index head = unit / height, y = unit % height, g = head % problem.Hk;
     Scratch& scratch = thread_scratch();
     const Scratch::Mark mark(scratch);
     float* sum = scratch.take<float>(width * dv).data();
-    float* v = scratch.take<float>(width * dv).data();  // a line of the grid
     for (Index x = 0; x < width; ++x) std::copy_n(lepe.bias.data() + g * dv, dv, sum + x * dv);
-    for (Index dy = std::max<Index>(0, reach - y); dy < std::min(side, height + reach - y); ++dy) {
-      for (Index x = 0; x < width; ++x) in.kv->read_value(head, (y + dy - reach) * width + x, v + x * dv);
-      for (Index x = 0; x < width; ++x)
-        for (Index dx = std::max<Index>(0, reach - x); dx < std::min(side, width + reach - x); ++dx) {
-          const float* w = lepe.weights.data() + ((g * side + dy) * side + dx) * dv;
-          for (Index e = 0; e < dv; ++e) sum[x * dv + e] += w[e] * v[(x + dx - reach) * dv + e];
-        }
-    }
+    for_taps(lepe, grid, y, [&](Index tap, Index from, Index to, Index count) {
+      const float *w = lepe.weights.data() + (g * taps + tap) * dv, *value = v.at(head, from);
+      float* line = sum + (to - y * width) * dv;
+      for (Index i = 0; i < count; ++i)
+        for (Index e = 0; e < dv; ++e) line[i * dv + e] += w[e] * value[i * dv + e];
+    });
     for (Index h = 0; h < problem.group(); ++h) {
       float* o = out.o.as<float>() + ((head * problem.group() + h) * problem.N + y * width) * dv;
       for (Index i = 0; i < width * dv; ++i) o[i] += sum[i];
     }
   });
+}
+
+// The convolution's gradients: of its input, on top of attention's, and of its weights, added up line by line.
+void finish_gradient_biformer(const Params& p, const Inputs& in, const Differentiated& done, AttendGradients& out) {
+  const Lepe lepe = read_lepe(in);
+  if (lepe.side == 0) return;
+  const Problem& problem = in.problem;
+  const GridShape grid = read_grid(p, problem);
+  const Index height = grid.length[1], dv = problem.Dv, taps = lepe.side * lepe.side, group = problem.group();
+  Lines v = read_values(in), dsum{Tensor(DType::f32, {problem.B * problem.Hk, problem.N, dv})};
+  parallel_for(problem.B * problem.Hk, [&](Index head, int) {
+    std::vector<float> row(static_cast<size_t>(dv));
+    for (Index h = head * group; h < (head + 1) * group; ++h)
+      for (Index t = 0; t < problem.N; ++t) {
+        read_f32(done.dout.at({h / problem.Hq, h % problem.Hq, t}), done.dout.dtype, done.dout.stride[3], dv,
+                 row.data());
+        for (Index e = 0; e < dv; ++e) dsum.at(head, t)[e] += row[static_cast<size_t>(e)];
+      }
+  });
+  Tensor dw(DType::f32, {problem.Hk * dv, lepe.side, lepe.side}), db(DType::f32, {problem.Hk * dv});
+  parallel_for(problem.Hk, [&](Index g, int) {
+    std::vector<double> weight(static_cast<size_t>(taps * dv)), bias(static_cast<size_t>(dv));
+    for (Index b = 0; b < problem.B; ++b) {
+      const Index head = b * problem.Hk + g;
+      for (Index y = 0; y < height; ++y)
+        for_taps(lepe, grid, y, [&](Index tap, Index from, Index to, Index count) {
+          const float *w = lepe.weights.data() + (g * taps + tap) * dv, *value = v.at(head, from),
+                      *d = dsum.at(head, to);
+          float* dvalue = out.dv.as<float>() + (head * problem.N + from) * dv;
+          for (Index i = 0; i < count * dv; ++i) {
+            dvalue[i] += w[i % dv] * d[i];
+            weight[static_cast<size_t>(tap * dv + i % dv)] += static_cast<double>(value[i]) * static_cast<double>(d[i]);
+          }
+        });
+      for (Index t = 0; t < problem.N; ++t)
+        for (Index e = 0; e < dv; ++e) bias[static_cast<size_t>(e)] += static_cast<double>(dsum.at(head, t)[e]);
+    }
+    for (Index e = 0; e < dv; ++e) {
+      db.as<float>()[g * dv + e] = static_cast<float>(bias[static_cast<size_t>(e)]);
+      for (Index tap = 0; tap < taps; ++tap)
+        dw.as<float>()[(g * dv + e) * taps + tap] = static_cast<float>(weight[static_cast<size_t>(tap * dv + e)]);
+    }
+  });
+  out.extra.emplace("lepe_w", std::move(dw));
+  if (in.find("lepe_b") != nullptr) out.extra.emplace("lepe_b", std::move(db));
 }
 
 }  // namespace
@@ -185,11 +258,14 @@ const Mechanism& biformer() {
       .params = {required_grid_spec("56x56"),
                  integer("regions", 7, 1, "regions along each side; at most the shorter side's tokens"),
                  integer("top_k", 4, 1, "regions that a region attends to; at most regions^2")},
-      .extras = {{"lepe_w", real, {"*", "*", "*"}, false, "[Hk·Dv, s, s], a filter per channel of the values, s odd"},
-                 {"lepe_b", real, {"*"}, false, "[Hk·Dv], its bias"}},
+      .extras =
+          {{"lepe_w", real, {"*", "*", "*"}, false, "[Hk·Dv, s, s], a filter per channel of the values, s odd", true},
+           {"lepe_b", real, {"*"}, false, "[Hk·Dv], its bias", true}},
       .not_on_models = "it is not causal, and its regions lie on grids of images",
       .plan = plan_biformer,
-      .plan_gradient = [](const Params&, const Inputs& in) { return in.find("lepe_w") == nullptr; },
+      .plan_gradient = always,
+      .finishes = has_lepe,
+      .finish_gradient = finish_gradient_biformer,
       .finish = finish_biformer,
   };
   return m;

@@ -2,8 +2,10 @@
 // "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv:2107.05768.
 
 #include <algorithm>
+#include <bit>
 #include <memory>
 
+#include "heed/base/threads.h"
 #include "heed/exec/spans.h"
 #include "heed/mechanism/registry.h"
 #include "heed/plan/largest.h"
@@ -12,29 +14,36 @@
 namespace heed::mechanism {
 namespace {
 
-// One column per region and query head. A region is a run of ranks; `order` gives the token of a rank, or is empty
-// (rank = token) as `source` has its columns. Its key is the largest of each feature of its keys; its value
-// softmax(q·k) v over its tokens, with q the largest of each feature of the scaled queries: p(j | region) is the same
-// for every query, so it is computed once. No log-weight: a region counts like one token.
-std::shared_ptr<const KeyValues> summarize(const Inputs& in, const Source& source, std::span<const std::int32_t> order,
-                                           std::span<const BlockRange> regions) {
-  const Problem& p = in.problem;
+// Summaries of one kind. A region is a run of ranks; `tokens` gives the token of a rank, or is empty: rank = token.
+// Queries meet columns: column c is region order[c] (-1: none, to be masked), at position[c], that of its last member.
+struct Summaries {
+  std::vector<std::int32_t> tokens;
+  std::vector<BlockRange> regions;
+  std::vector<std::int32_t> order, position;
+};
+
+// p(j | region) is the same for every query, so a region's value is computed once: softmax(q·k) v over its tokens, with
+// q the largest of each feature of the scaled queries. `rule` has the scale alone.
+Rule rule_of_regions(const Inputs& in) {
   Rule rule;
   rule.scale = in.rule.scale;
-  const Largest most = largest_features(p, in.q, *in.kv, rule.scale, order, regions);
-  const Tensor v = attend_spans(p, Queries(most.q.view(), in.q.arithmetic()), source, rule, regions);
-  const auto summaries =
-      std::make_shared<KeyValues>(p.B * p.Hq, p.D, p.Dv, static_cast<Index>(regions.size()), in.q.arithmetic());
-  summaries->append(most.k.view(), v.view());
-  return summaries;
+  return rule;
 }
 
-// Adds a source whose column c is summary order[c] (-1: none, to be masked), at position[c], that of its last member.
-Index add_summaries(Plan& plan, const KeyValues& summaries, std::span<const std::int32_t> order,
-                    std::vector<std::int32_t> position) {
+// Adds them as a source whose columns differ by query head. A key is the largest of each feature of its region's keys.
+// No log-weight: a region counts like one token. `from` of the plan's sources has the tokens by rank.
+Index add_summaries(Plan& plan, const Inputs& in, Index from, const Summaries& s) {
+  const Problem& p = in.problem;
+  const Rule rule = rule_of_regions(in);
+  const Largest most = largest_features(p, in.q, *in.kv, rule.scale, s.tokens, s.regions);
+  const Tensor v = attend_spans(p, Queries(most.q.view(), in.q.arithmetic()), plan.sources[static_cast<size_t>(from)],
+                                rule, s.regions);
+  KeyValues summaries(p.B * p.Hq, p.D, p.Dv, static_cast<Index>(s.regions.size()), in.q.arithmetic());
+  summaries.append(most.k.view(), v.view());
+
   const Index at = static_cast<Index>(plan.sources.size());
-  const std::shared_ptr<const PermutedSource> permuted = permute(summaries, order);
-  const auto positions = std::make_shared<const std::vector<std::int32_t>>(std::move(position));
+  const std::shared_ptr<const PermutedSource> permuted = permute(summaries, s.order);
+  const auto positions = std::make_shared<const std::vector<std::int32_t>>(s.position);
   Source& source = plan.sources.emplace_back(permuted->source);
   source.per_query_head = true;
   // The members are summaries, not tokens.
@@ -43,20 +52,61 @@ Index add_summaries(Plan& plan, const KeyValues& summaries, std::span<const std:
   return at;
 }
 
+// The gradients of such a source go home both ways: a column's key and its region's query to the tokens that had the
+// largest features, its value through the softmax that made it, which leads to the region's query, too. A query so
+// hears from later queries that met its region.
+void take_home(const Inputs& in, const Source& from, const Summaries& s, const SourceGradients& columns,
+               AttendGradients& out) {
+  const Problem& p = in.problem;
+  const Index regions = static_cast<Index>(s.regions.size()), count = static_cast<Index>(s.order.size());
+  Largest dmost{Tensor(DType::f32, {p.B, p.Hq, regions, p.D}), Tensor(DType::f32, {p.B, p.Hq, regions, p.D})};
+  Tensor dvalue(DType::f32, {p.B, p.Hq, regions, p.Dv});
+  parallel_for(p.B * p.Hq, [&](Index head, int) {
+    const auto add = [&](const Tensor& x, Tensor& to, Index width) {
+      for (Index c = 0; c < count; ++c)
+        if (const Index region = s.order[static_cast<size_t>(c)]; region >= 0)
+          for (Index i = 0; i < width; ++i)
+            to.as<float>()[(head * regions + region) * width + i] += x.as<float>()[(head * count + c) * width + i];
+    };
+    add(columns.dk, dmost.k, p.D), add(columns.dv, dvalue, p.Dv);
+  });
+  const Rule rule = rule_of_regions(in);
+  const Largest most = largest_features(p, in.q, *in.kv, rule.scale, s.tokens, s.regions);
+  SpanGradients inside =
+      attend_spans_backward(p, Queries(most.q.view(), in.q.arithmetic()), from, rule, s.regions, dvalue.view());
+  dmost.q = std::move(inside.dq);
+  largest_features_backward(p, in.q, *in.kv, rule.scale, s.tokens, s.regions, dmost, out.dq, out.dk);
+  parallel_for(p.B * p.Hk, [&](Index head, int) {
+    const auto add = [&](const Tensor& x, Tensor& to, Index width) {
+      for (Index rank = 0; rank < p.M; ++rank) {
+        const Index token = s.tokens.empty() ? rank : s.tokens[static_cast<size_t>(rank)];
+        for (Index i = 0; i < width; ++i)
+          to.as<float>()[(head * p.M + token) * width + i] += x.as<float>()[(head * p.M + rank) * width + i];
+      }
+    };
+    add(inside.source.dk, out.dk, p.D), add(inside.source.dv, out.dv, p.Dv);
+  });
+}
+
+// Fixed: every block of the tokens.
+Summaries whole_blocks(Index N, Index block) {
+  Summaries s;
+  for (Index begin = 0; begin < N; begin += block) {
+    s.order.push_back(static_cast<std::int32_t>(s.regions.size()));
+    s.position.push_back(static_cast<std::int32_t>(begin + block - 1));
+    s.regions.push_back({begin, begin + block});
+  }
+  return s;
+}
+
 // Fixed: the own block directly, earlier blocks as regions. Not causal: all of the own block, and every block as a
 // region, the own one too, as released.
 Plan plan_fixed(const Inputs& in, Index block) {
   const bool causal = in.problem.causal;
   Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
-  std::vector<BlockRange> regions;
-  std::vector<std::int32_t> order, last;
-  for (Index begin = 0; begin < in.problem.N; begin += block) {
-    order.push_back(static_cast<std::int32_t>(regions.size()));
-    last.push_back(static_cast<std::int32_t>(begin + block - 1));
-    regions.push_back({begin, begin + block});
-  }
-  const Index summaries = add_summaries(plan, *summarize(in, plan.sources[0], {}, regions), order, last);
-  plan.emit = [=, all = static_cast<Index>(regions.size())](const RowBlock& rows, Tiles& tiles) {
+  const Summaries blocks = whole_blocks(in.problem.N, block);
+  const Index summaries = add_summaries(plan, in, 0, blocks);
+  plan.emit = [=, all = static_cast<Index>(blocks.regions.size())](const RowBlock& rows, Tiles& tiles) {
     for (Index begin = 0, end; begin < rows.rows; begin = end) {
       const Index own = rows.position(begin) / block;
       end = std::min(rows.rows, begin + (own + 1) * block - rows.position(begin));
@@ -69,41 +119,48 @@ Plan plan_fixed(const Inputs& in, Index block) {
   return plan;
 }
 
-// Logsparse: query i meets itself and, for each bit l of i that is set, the aligned block of 2^l tokens just before
-// its own block of that size: together 0 … i, once each.
-Plan plan_logsparse(const Inputs& in) {
-  // Rows come in blocks of 64. What they see: of levels 1 … 5 the 31 even blocks inside their own 64 positions, and
-  // of each higher level one block, the same for all of them. That fits one panel; level 0 is the input itself.
-  constexpr Index rows_at_once = 64, low_levels = 6, low_columns = 31;
-  const Index N = in.problem.N;
-  Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
-  plan.cut_rows_every(rows_at_once);
+// Logsparse: rows come in blocks of 64. What they see: of levels 1 … 5 the 31 even blocks inside their own 64
+// positions, and of each higher level one block, the same for all of them. That fits one panel; level 0 is the input
+// itself.
+constexpr Index rows_at_once = 64, low_levels = 6, low_columns = 31;
 
-  // Even blocks that some query needs; first[l] numbers those of level l, block 2x being first[l] + x.
-  std::vector<BlockRange> regions;
-  std::vector<Index> first(1, 0);
-  for (Index level = 1; (N - 1) >> level > 0; ++level) {
+// The column, in its rows' panel, of the block of 2^level tokens that begins there.
+Index slot(Index level, Index begin) {
+  if (level >= low_levels) return low_columns + level - low_levels;
+  return (rows_at_once >> 1) - (rows_at_once >> level) + (begin % rows_at_once >> (level + 1));
+}
+
+Index levels_of(Index N) { return std::max<Index>(1, std::bit_width(static_cast<std::uint64_t>(N - 1))); }
+
+// Even blocks of 2, 4, 8 … tokens that some query needs.
+Summaries even_blocks(Index N) {
+  Summaries s;
+  std::vector<Index> first(1, 0);  // first[l] numbers the blocks of level l, block 2x being first[l] + x
+  const Index levels = levels_of(N);
+  for (Index level = 1; level < levels; ++level) {
     const Index size = Index{1} << level;
-    first.push_back(static_cast<Index>(regions.size()));
-    for (Index begin = 0; begin + size < N; begin += 2 * size) regions.push_back({begin, begin + size});
+    first.push_back(static_cast<Index>(s.regions.size()));
+    for (Index begin = 0; begin + size < N; begin += 2 * size) s.regions.push_back({begin, begin + size});
   }
-  const Index levels = static_cast<Index>(first.size());
-  const auto slot = [](Index level, Index begin) {  // the column, in its rows' panel, of the block that begins there
-    if (level >= low_levels) return low_columns + level - low_levels;
-    return (rows_at_once >> 1) - (rows_at_once >> level) + (begin % rows_at_once >> (level + 1));
-  };
-  std::vector<std::int32_t> order(static_cast<size_t>(round_up(N, rows_at_once)), -1), last(order.size(), 0);
+  s.order.assign(static_cast<size_t>(round_up(N, rows_at_once)), -1), s.position.assign(s.order.size(), 0);
   for (Index i = 0; i < N; ++i)
     for (Index level = 1; level < levels; ++level) {
       if (((i >> level) & 1) == 0) continue;
       const Index begin = ((i >> level) - 1) << level;
       const auto column = static_cast<size_t>(i / rows_at_once * rows_at_once + slot(level, begin));
-      order[column] = static_cast<std::int32_t>(first[static_cast<size_t>(level)] + (begin >> (level + 1)));
-      last[column] = static_cast<std::int32_t>(begin + (Index{1} << level) - 1);
+      s.order[column] = static_cast<std::int32_t>(first[static_cast<size_t>(level)] + (begin >> (level + 1)));
+      s.position[column] = static_cast<std::int32_t>(begin + (Index{1} << level) - 1);
     }
-  const Index summaries =
-      regions.empty() ? 0 : add_summaries(plan, *summarize(in, plan.sources[0], {}, regions), order, last);
+  return s;
+}
 
+// Logsparse: query i meets itself and, for each bit l of i that is set, the aligned block of 2^l tokens just before
+// its own block of that size: together 0 … i, once each.
+Plan plan_logsparse(const Inputs& in) {
+  const Index N = in.problem.N, levels = levels_of(N);
+  Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
+  plan.cut_rows_every(rows_at_once);
+  const Index summaries = levels == 1 ? 0 : add_summaries(plan, in, 0, even_blocks(N));
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
     const auto own = tiles.take<std::uint64_t>(rows.rows), pooled = tiles.take<std::uint64_t>(rows.rows);
     const Index begin = rows.position(0);
@@ -125,41 +182,44 @@ Plan plan_logsparse(const Inputs& in) {
 
 // Mixture: tokens as a matrix of n rows of `block`. Query (r, c) meets (a) its column above it and (b) its row up to
 // itself directly; (c) every other column as the summary of its rows before r; of every row above, the summaries
-// of (d) what is left of column c and (e) what is right of it.
+// of (d) what is left of column c and (e) what is right of it. Here are (c), (d) and (e).
+std::vector<Summaries> running_parts(Index N, Index block) {
+  const Index n = N / block;
+  const auto all = static_cast<size_t>(N);
+  Summaries above, left, right;
+  above.tokens.resize(all);
+  for (Summaries* s : {&above, &left, &right}) s->order.resize(all), s->position.resize(all);
+  for (Index t = 0; t < N; ++t) {
+    // Column by column: rank c·n + r is token r·block + c.
+    const Index r = t / block, c = t % block, from_end = N - 1 - t;
+    const auto rank = static_cast<size_t>(c * n + r), token = static_cast<size_t>(t);
+    above.tokens[rank] = static_cast<std::int32_t>(t);
+    // Regions grow from one to the next: those right of a column in descending order.
+    above.regions.push_back({t / n * n, t + 1});  // of rank t
+    left.regions.push_back({r * block, t + 1});
+    right.regions.push_back({from_end, (from_end / block + 1) * block});
+    // (c) in the order of tokens: column c of rows 0 … r. (d) and (e) by column, for the query's column c.
+    above.order[token] = static_cast<std::int32_t>(rank), above.position[token] = static_cast<std::int32_t>(t);
+    left.order[rank] = static_cast<std::int32_t>(c > 0 ? t - 1 : -1);
+    left.position[rank] = static_cast<std::int32_t>(t - 1);
+    right.order[rank] = static_cast<std::int32_t>(c + 1 < block ? N - 1 - (t + 1) : -1);
+    right.position[rank] = static_cast<std::int32_t>((r + 1) * block - 1);
+  }
+  return {std::move(above), std::move(left), std::move(right)};
+}
+
 Plan plan_mixture(const Inputs& in, Index block) {
   const Index N = in.problem.N, n = N / block;
   Plan plan = make_plan(in.problem, in.q, *in.kv, in.rule, Lanes::per_query_head);
-
-  // Column by column: rank c·n + r is token r·block + c.
-  std::vector<std::int32_t> by_column(static_cast<size_t>(N)), above(by_column), left(by_column), right(by_column);
-  std::vector<std::int32_t> above_last(by_column), left_last(by_column), right_last(by_column);
-  std::vector<BlockRange> above_regions, left_regions, right_regions;
-  for (Index t = 0; t < N; ++t) {
-    const Index r = t / block, c = t % block, from_end = N - 1 - t;
-    const auto rank = static_cast<size_t>(c * n + r), token = static_cast<size_t>(t);
-    by_column[rank] = static_cast<std::int32_t>(t);
-    // Regions grow from one to the next: those right of a column in descending order.
-    above_regions.push_back({t / n * n, t + 1});  // of rank t
-    left_regions.push_back({r * block, t + 1});
-    right_regions.push_back({from_end, (from_end / block + 1) * block});
-    // (c) in the order of tokens: column c of rows 0 … r. (d) and (e) by column, for the query's column c.
-    above[token] = static_cast<std::int32_t>(rank), above_last[token] = static_cast<std::int32_t>(t);
-    left[rank] = static_cast<std::int32_t>(c > 0 ? t - 1 : -1);
-    left_last[rank] = static_cast<std::int32_t>(t - 1);
-    right[rank] = static_cast<std::int32_t>(c + 1 < block ? N - 1 - (t + 1) : -1);
-    right_last[rank] = static_cast<std::int32_t>((r + 1) * block - 1);
-  }
-  const Source input = plan.sources[0];
-  const Index columns = add_permuted(plan, *in.kv, by_column);
-  const Index c_source = add_summaries(
-      plan, *summarize(in, plan.sources[static_cast<size_t>(columns)], by_column, above_regions), above, above_last);
-  const Index d_source = add_summaries(plan, *summarize(in, input, {}, left_regions), left, left_last);
-  const Index e_source = add_summaries(plan, *summarize(in, input, {}, right_regions), right, right_last);
+  const std::vector<Summaries> parts = running_parts(N, block);
+  const Index columns = add_permuted(plan, *in.kv, parts[0].tokens);
+  const Index c_source = add_summaries(plan, in, columns, parts[0]);
+  const Index d_source = add_summaries(plan, in, 0, parts[1]), e_source = add_summaries(plan, in, 0, parts[2]);
 
   // A row block holds enough rows of the matrix for a column's queries to share its keys, and a state that a
   // cache holds.
-  const Index rows_at_once = std::max<Index>(12, 3072 / block / 6 * 6);
-  plan.cut_rows_every(rows_at_once * block);
+  const Index matrix_rows = std::max<Index>(12, 3072 / block / 6 * 6);
+  plan.cut_rows_every(matrix_rows * block);
   plan.emit = [=](const RowBlock& rows, Tiles& tiles) {
     const Index r0 = rows.position(0) / block, r1 = r0 + rows.rows / block, words = ceil_div(block, panel_columns);
     const auto others = tiles.take<std::uint64_t>(block * words);  // every column but the query's
@@ -195,6 +255,21 @@ Plan plan_combiner(const Params& p, const Inputs& in) {
   return variant == "fixed" ? plan_fixed(in, block) : plan_mixture(in, block);
 }
 
+// Summaries are the plan's last sources, in this order. Those that read tokens by another order read the source before
+// the first of them.
+void finish_gradient_combiner(const Params& p, const Inputs& in, const Differentiated& done, AttendGradients& out) {
+  const Index N = in.problem.N;
+  const std::string& variant = p.text("variant");
+  std::vector<Summaries> kinds;
+  if (variant == "fixed") kinds.push_back(whole_blocks(N, p.integer("block")));
+  else if (variant == "mixture") kinds = running_parts(N, p.integer("block"));
+  else if (levels_of(N) > 1) kinds.push_back(even_blocks(N));
+  const std::vector<Source>& sources = done.plan.sources;
+  const size_t first = sources.size() - kinds.size();
+  for (size_t i = 0; i < kinds.size(); ++i)
+    take_home(in, sources[kinds[i].tokens.empty() ? 0 : first - 1], kinds[i], done.gradients.sources[first + i], out);
+}
+
 }  // namespace
 
 const Mechanism& combiner() {
@@ -227,6 +302,8 @@ const Mechanism& combiner() {
       .extras = {},
       .not_on_models = "its summaries must be trained with the model",
       .plan = plan_combiner,
+      .plan_gradient = always,
+      .finish_gradient = finish_gradient_combiner,
   };
   return m;
 }

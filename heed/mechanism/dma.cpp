@@ -21,42 +21,65 @@ struct Gate {
   std::vector<std::int32_t> leaves;   // first position at which a key is no longer kept
 };
 
+// What the gate learned.
+struct Learned {
+  std::vector<double> a, b, w;  // [Hk], [Hk], and w_dt as [Hk·Dv, Hk]: for a value its share of every dt
+};
+
+Learned read_learned(const Inputs& in) {
+  const Problem& p = in.problem;
+  const Index width = p.Hk * p.Dv;
+  const auto wide = [](const std::vector<float>& x) { return std::vector<double>(x.begin(), x.end()); };
+  if (const Shape& shape = in.find("w_dt")->shape; shape[1] != width)
+    fail("w_dt: shape = {}, expected [{}, {}], the KV heads by their values", to_string(shape), p.Hk, width);
+  Learned learned{.a = wide(values_of(*in.find("a"))),
+                  .b = std::vector<double>(static_cast<size_t>(p.Hk)),
+                  .w = std::vector<double>(static_cast<size_t>(width * p.Hk))};
+  if (const TensorView* bias = in.find("b_dt")) learned.b = wide(values_of(*bias));
+  const std::vector<float> w = values_of(*in.find("w_dt"));
+  for (Index g = 0; g < p.Hk; ++g)
+    for (Index i = 0; i < width; ++i)
+      learned.w[static_cast<size_t>(i * p.Hk + g)] = static_cast<double>(w[static_cast<size_t>(g * width + i)]);
+  return learned;
+}
+
+// Step 1 for keys [first, end) of a batch: visit(key, values of all KV heads [Hk·Dv], dt [Hk]).
+template <class Visit>
+void for_keys(const Inputs& in, const Learned& learned, Index b, Index first, Index end, const Visit& visit) {
+  const Problem& p = in.problem;
+  std::vector<float> x(static_cast<size_t>(p.Hk * p.Dv));
+  std::vector<double> dt(static_cast<size_t>(p.Hk));
+  for (Index j = first; j < end; ++j) {
+    for (Index g = 0; g < p.Hk; ++g) in.kv->read_value(b * p.Hk + g, j, x.data() + g * p.Dv);
+    std::copy(learned.b.begin(), learned.b.end(), dt.begin());
+    for (size_t i = 0; i < x.size(); ++i)
+      for (size_t g = 0; g < dt.size(); ++g) dt[g] += learned.w[i * dt.size() + g] * static_cast<double>(x[i]);
+    visit(j, x.data(), dt.data());
+  }
+}
+
+double softplus(double t) { return std::max(t, 0.0) + std::log1p(std::exp(-std::fabs(t))); }
+
+// Keys of a unit of work.
+constexpr Index keys_at_once = 256;
+
 // Steps 1 and 2. One vector per token: the values of all KV heads.
 void score_keys(const Inputs& in, bool exponential, Gate& gate) {
   const Problem& p = in.problem;
-  const Index width = p.Hk * p.Dv;
-  if (const Shape& shape = in.find("w_dt")->shape; shape[1] != width)
-    fail("w_dt: shape = {}, expected [{}, {}], the KV heads by their values", to_string(shape), p.Hk, width);
-  const std::vector<float> a = values_of(*in.find("a")), w = values_of(*in.find("w_dt"));
-  const std::vector<float> bias =
-      in.find("b_dt") != nullptr ? values_of(*in.find("b_dt")) : std::vector<float>(a.size(), 0.0f);
-  std::vector<double> columns(w.size());  // [width, Hk]
-  for (Index g = 0; g < p.Hk; ++g)
-    for (Index i = 0; i < width; ++i)
-      columns[static_cast<size_t>(i * p.Hk + g)] = w[static_cast<size_t>(g * width + i)];
-
-  constexpr Index at_once = 256;
-  const Index units = ceil_div(p.M, at_once);
+  const Learned learned = read_learned(in);
+  const Index units = ceil_div(p.M, keys_at_once);
   parallel_for(p.B * units, [&](Index unit, int) {
-    const Index b = unit / units, first = unit % units * at_once;
-    std::vector<float> x(static_cast<size_t>(width));
-    std::vector<double> dt(static_cast<size_t>(p.Hk));
-    for (Index j = first; j < std::min(p.M, first + at_once); ++j) {
-      for (Index g = 0; g < p.Hk; ++g) in.kv->read_value(b * p.Hk + g, j, x.data() + g * p.Dv);
-      std::copy(bias.begin(), bias.end(), dt.begin());
-      for (Index i = 0; i < width; ++i)
-        for (size_t g = 0; g < dt.size(); ++g)
-          dt[g] += columns[static_cast<size_t>(i) * dt.size() + g] * static_cast<double>(x[static_cast<size_t>(i)]);
+    const Index b = unit / units, first = unit % units * keys_at_once;
+    for_keys(in, learned, b, first, std::min(p.M, first + keys_at_once), [&](Index j, const float*, const double* dt) {
       for (Index g = 0; g < p.Hk; ++g) {
-        const double t = dt[static_cast<size_t>(g)], softplus = std::max(t, 0.0) + std::log1p(std::exp(-std::fabs(t)));
-        const double order = static_cast<double>(a[static_cast<size_t>(g)]) * softplus;
+        const double order = learned.a[static_cast<size_t>(g)] * softplus(dt[g]);
         const auto added = static_cast<float>(exponential ? std::exp(order) : order);
         if (!std::isfinite(added))
           fail("dma: gate of key {} in KV head {} = {}, expected a finite number", j, g, added);
         const size_t at = static_cast<size_t>((b * p.Hk + g) * p.M + j);
         gate.order[at] = order, gate.added[at] = added;
       }
-    }
+    });
   });
 }
 
@@ -136,6 +159,53 @@ Plan plan_dma(const Params& p, const Inputs& in) {
   return plan;
 }
 
+// Importance is added to scores, so its gradient is that of the keys' log-weights. From there to what the gate learned,
+// and through dt to the values that the gate reads. Which keys are kept is constant, so a key that no query keeps gets
+// nothing and cannot come back by itself.
+void finish_gradient_dma(const Params& params, const Inputs& in, const Differentiated& done, AttendGradients& out) {
+  const Problem& p = in.problem;
+  const Index width = p.Hk * p.Dv, heads = p.Hk;
+  const bool exponential = params.text("gate") == "exp";
+  const Learned learned = read_learned(in);
+  const float* dadded = done.gradients.sources[0].dlog_weight.as<float>();  // [B · Hk, M]
+  // A unit's share of da, db and dw [Hk, 2 + width], added up in the units' order.
+  const Index units = ceil_div(p.M, keys_at_once), all = p.B * units;
+  std::vector<std::vector<double>> shares(static_cast<size_t>(all));
+  parallel_for(all, [&](Index unit, int) {
+    const Index b = unit / units, first = unit % units * keys_at_once;
+    std::vector<double>& share = shares[static_cast<size_t>(unit)];
+    share.assign(static_cast<size_t>(heads * (2 + width)), 0.0);
+    for_keys(in, learned, b, first, std::min(p.M, first + keys_at_once),
+             [&](Index j, const float* x, const double* dt) {
+               for (Index g = 0; g < heads; ++g) {
+                 const double a = learned.a[static_cast<size_t>(g)], open = softplus(dt[g]);
+                 double dorder = static_cast<double>(dadded[(b * heads + g) * p.M + j]);
+                 if (exponential) dorder *= std::exp(a * open);
+                 const double ddt = dorder * a / (1 + std::exp(-dt[g]));
+                 double* to = share.data() + g * (2 + width);
+                 to[0] += dorder * open, to[1] += ddt;
+                 for (Index i = 0; i < width; ++i) {
+                   to[2 + i] += ddt * static_cast<double>(x[i]);
+                   const double dx = ddt * learned.w[static_cast<size_t>(i * heads + g)];
+                   out.dv.as<float>()[((b * heads + i / p.Dv) * p.M + j) * p.Dv + i % p.Dv] += static_cast<float>(dx);
+                 }
+               }
+             });
+  });
+  Tensor da(DType::f32, {heads}), db(DType::f32, {heads}), dw(DType::f32, {heads, width});
+  for (Index g = 0; g < heads; ++g) {
+    const auto sum = [&](Index i) {
+      double total = 0;
+      for (const auto& share : shares) total += share[static_cast<size_t>(g * (2 + width) + i)];
+      return static_cast<float>(total);
+    };
+    da.as<float>()[g] = sum(0), db.as<float>()[g] = sum(1);
+    for (Index i = 0; i < width; ++i) dw.as<float>()[g * width + i] = sum(2 + i);
+  }
+  out.extra.emplace("a", std::move(da)), out.extra.emplace("w_dt", std::move(dw));
+  if (in.find("b_dt") != nullptr) out.extra.emplace("b_dt", std::move(db));
+}
+
 }  // namespace
 
 const Mechanism& dma() {
@@ -162,11 +232,13 @@ const Mechanism& dma() {
       .params = {integer("budget", 2048, 1, "keys that a query keeps"),
                  choice("gate", "exp", {"exp", "linear"}, "importance is exp of the gate's output, or the output"),
                  boolean("keep_self", false, "a query keeps its own key, whatever its importance")},
-      .extras = {{"w_dt", real, {"Hk", "*"}, true, "[Hk, Hk·Dv], the gate's weights"},
-                 {"a", real, {"Hk"}, true, "[Hk], the gate's factors"},
-                 {"b_dt", real, {"Hk"}, false, "[Hk], the gate's bias"}},
+      .extras = {{"w_dt", real, {"Hk", "*"}, true, "[Hk, Hk·Dv], the gate's weights", true},
+                 {"a", real, {"Hk"}, true, "[Hk], the gate's factors", true},
+                 {"b_dt", real, {"Hk"}, false, "[Hk], the gate's bias", true}},
       .not_on_models = "its gate must be trained with the model",
       .plan = plan_dma,
+      .plan_gradient = always,
+      .finish_gradient = finish_gradient_dma,
   };
   return m;
 }

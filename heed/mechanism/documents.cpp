@@ -23,7 +23,7 @@ ExtraSpec document_spec() {
 
 ExtraSpec key_mask_spec() { return {"key_mask", {DType::u8}, {"B", "M"}, false, "0 hides a key (padding)"}; }
 
-Documents apply_documents(const Inputs& in, Plan& plan) {
+Documents read_documents(const Inputs& in) {
   const Problem& p = in.problem;
   Documents documents;
   const TensorView* doc = in.find("doc");
@@ -33,8 +33,6 @@ Documents apply_documents(const Inputs& in, Plan& plan) {
   }
   if (p.N > p.M)
     fail("doc: {} queries and {} keys, expected at most as many queries as documents have tokens", p.N, p.M);
-  plan.visible_first.resize(static_cast<size_t>(p.B * p.M));
-  plan.visible_end.resize(static_cast<size_t>(p.B * p.M));
   for (Index b = 0; b < p.B; ++b) {
     const auto number = [&](Index j) { return *static_cast<const std::int32_t*>(doc->at({b, j})); };
     std::vector<Document> list;
@@ -44,13 +42,24 @@ Documents apply_documents(const Inputs& in, Plan& plan) {
       if (!seen.insert(number(begin)).second)
         fail("doc = {} at token {}, expected each document's tokens to stand together", number(begin), begin);
       list.push_back({begin, end});
-      for (Index j = begin; j < end; ++j) {
-        plan.visible_first[static_cast<size_t>(b * p.M + j)] = static_cast<std::int32_t>(begin);
-        plan.visible_end[static_cast<size_t>(b * p.M + j)] = static_cast<std::int32_t>(end);
-      }
     }
     documents.of.push_back(std::move(list));
   }
+  return documents;
+}
+
+Documents apply_documents(const Inputs& in, Plan& plan) {
+  Documents documents = read_documents(in);
+  if (in.find("doc") == nullptr) return documents;
+  const Index keys = in.problem.M;
+  plan.visible_first.resize(static_cast<size_t>(in.problem.B * keys));
+  plan.visible_end.resize(static_cast<size_t>(in.problem.B * keys));
+  for (Index b = 0; b < in.problem.B; ++b)
+    for (const Document& document : documents.of[static_cast<size_t>(b)])
+      for (Index j = document.begin; j < document.end; ++j) {
+        plan.visible_first[static_cast<size_t>(b * keys + j)] = static_cast<std::int32_t>(document.begin);
+        plan.visible_end[static_cast<size_t>(b * keys + j)] = static_cast<std::int32_t>(document.end);
+      }
   return documents;
 }
 

@@ -27,8 +27,10 @@ ExtraSpec document_spec();
 /// `key_mask` u8 [B, M]: 0 hides a key from every query.
 ExtraSpec key_mask_spec();
 
-/// Reads `doc` and limits the plan to it. Throws Error for a document number that comes back after another, and
-/// for more queries than keys, as the first of them would stand in no document.
+/// Reads `doc`. Throws Error for a document number that comes back after another, and for more queries than keys, as
+/// the first of them would stand in no document.
+Documents read_documents(const Inputs& in);
+/// The same, and limits the plan to them.
 Documents apply_documents(const Inputs& in, Plan& plan);
 /// Reads `key_mask` and hides its keys.
 void apply_key_mask(const Inputs& in, Plan& plan);

@@ -69,15 +69,19 @@ std::vector<std::vector<std::int32_t>> lists_of(const KeyValues& x, const std::v
 }
 
 // Step 1: [B, Hq, N, D] and [B · Hk, M, D].
+auto queries_of(const Inputs& in) {
+  return [&](Index head, Index t, float* row) { in.q.read(head / in.problem.Hq, head % in.problem.Hq, t, row); };
+}
+auto keys_of(const Inputs& in) {
+  return [&](Index head, Index t, float* row) { in.kv->read_key(head, t, row); };
+}
 Tensor normalised_queries(const Inputs& in, float eps) {
   const Problem& p = in.problem;
-  return layer_norm_rows({p.B, p.Hq, p.N, p.D}, eps,
-                         [&](Index head, Index t, float* row) { in.q.read(head / p.Hq, head % p.Hq, t, row); });
+  return layer_norm_rows({p.B, p.Hq, p.N, p.D}, eps, queries_of(in));
 }
 Tensor normalised_keys(const Inputs& in, float eps) {
   const Problem& p = in.problem;
-  return layer_norm_rows({p.B * p.Hk, p.M, p.D}, eps,
-                         [&](Index head, Index t, float* row) { in.kv->read_key(head, t, row); });
+  return layer_norm_rows({p.B * p.Hk, p.M, p.D}, eps, keys_of(in));
 }
 
 // `mu` of the k-means over the first batch.
@@ -190,27 +194,67 @@ Plan plan_routing(const Params& p, const Inputs& in) {
   return plan;
 }
 
-// Step 5. The mean over a token's clusters; a token in none gets zero.
+// Step 5: what the outputs of a head's tokens are divided by. A token in no cluster gets zero, whatever it is divided
+// by.
+std::vector<float> divisors(const Params& p, const Inputs& in, std::span<const std::int32_t> tokens) {
+  std::vector<Index> count(static_cast<size_t>(in.problem.N), 0);
+  for (const std::int32_t t : tokens) ++count[static_cast<size_t>(t)];
+  std::vector<float> divisor(count.size(), 1.0f);
+  for (size_t t = 0; t < count.size(); ++t)
+    if (count[t] > 0) divisor[t] = static_cast<float>(static_cast<double>(count[t]) + p.number("eps"));
+  return divisor;
+}
+
+// The mean over a token's clusters.
 void finish_routing(const Params& p, const Inputs& in, const Plan& plan, AttendOutput& out) {
   const Problem& problem = in.problem;
   const Index dv = problem.Dv, rows = plan.rows_per_head();
   Tensor o(DType::f32, {problem.B, problem.Hq, problem.N, dv});
   parallel_for(problem.B * problem.Hq, [&](Index head, int) {
     const std::vector<std::int32_t>& tokens = plan.row_tokens[static_cast<size_t>(head)];
-    std::vector<Index> count(static_cast<size_t>(problem.N), 0);
+    const std::vector<float> divisor = divisors(p, in, tokens);
     float* to = o.as<float>() + head * problem.N * dv;
-    for (Index row = 0; row < rows; ++row) {
-      const Index t = tokens[static_cast<size_t>(row)];
-      ++count[static_cast<size_t>(t)];
-      for (Index e = 0; e < dv; ++e) to[t * dv + e] += out.o.as<float>()[(head * rows + row) * dv + e];
-    }
-    for (Index t = 0; t < problem.N; ++t) {
-      if (count[static_cast<size_t>(t)] == 0) continue;
-      const auto divisor = static_cast<float>(static_cast<double>(count[static_cast<size_t>(t)]) + p.number("eps"));
-      for (Index e = 0; e < dv; ++e) to[t * dv + e] /= divisor;
-    }
+    for (Index row = 0; row < rows; ++row)
+      for (Index e = 0, t = tokens[static_cast<size_t>(row)]; e < dv; ++e)
+        to[t * dv + e] += out.o.as<float>()[(head * rows + row) * dv + e];
+    for (Index t = 0; t < problem.N; ++t)
+      for (Index e = 0; e < dv; ++e) to[t * dv + e] /= divisor[static_cast<size_t>(t)];
   });
   out.o = std::move(o);
+}
+
+bool takes_means(const Params&, const Inputs&) { return true; }
+
+// Every row of a token has the same share of its gradient.
+Tensor unfinish_routing(const Params& p, const Inputs& in, const Plan& plan, const TensorView& dout) {
+  const Problem& problem = in.problem;
+  const Index dv = problem.Dv, rows = plan.rows_per_head();
+  Tensor given(DType::f32, {problem.B, problem.Hq, rows, dv});
+  parallel_for(problem.B * problem.Hq, [&](Index head, int) {
+    const std::vector<std::int32_t>& tokens = plan.row_tokens[static_cast<size_t>(head)];
+    const std::vector<float> divisor = divisors(p, in, tokens);
+    for (Index row = 0; row < rows; ++row) {
+      const Index t = tokens[static_cast<size_t>(row)];
+      float* to = given.as<float>() + (head * rows + row) * dv;
+      read_f32(dout.at({head / problem.Hq, head % problem.Hq, t}), dout.dtype, dout.stride[3], dv, to);
+      for (Index e = 0; e < dv; ++e) to[e] /= divisor[static_cast<size_t>(t)];
+    }
+  });
+  return given;
+}
+
+// Lists are constant, so centroids get no gradient: they follow the tokens by moving averages. With shared_qk the keys'
+// gradient is the queries' too, head by head, and k, which nobody reads, gets none.
+void finish_gradient_routing(const Params& p, const Inputs& in, const Differentiated& done, AttendGradients& out) {
+  const auto eps = static_cast<float>(p.number("ln_eps"));
+  if (p.boolean("shared_qk")) {
+    const Tensor& dk = done.gradients.sources[0].dk;  // [B · Hq, M, D]
+    for (Index i = 0; i < out.dq.size(); ++i) out.dq.as<float>()[i] += dk.as<float>()[i];
+    std::fill_n(out.dk.as<float>(), out.dk.size(), 0.0f);
+  } else {
+    layer_norm_rows_backward(out.dk, eps, keys_of(in));
+  }
+  layer_norm_rows_backward(out.dq, eps, queries_of(in));
 }
 
 }  // namespace
@@ -256,6 +300,10 @@ const Mechanism& routing_transformer() {
       .plan = plan_routing,
       // A row is a mean of several softmaxes.
       .without_lse = [](const Params&) { return true; },
+      .plan_gradient = always,
+      .finishes = takes_means,
+      .unfinish = unfinish_routing,
+      .finish_gradient = finish_gradient_routing,
       .finish = finish_routing,
       .calibrate = calibrate,
   };

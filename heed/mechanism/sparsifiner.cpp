@@ -190,6 +190,9 @@ const Mechanism& sparsifiner() {
                  {"w_up", real, {"N", "*"}, true, "[N, r], token patterns of the connections"}},
       .not_on_models = "it is made for images: its predictor mixes all tokens, later ones included",
       .plan = plan_sparsifiner,
+      // The pattern is a constant: a task's loss gives the predictor no gradient. It is trained before, on the
+      // attention of a dense model.
+      .plan_gradient = always,
   };
   return m;
 }

@@ -46,6 +46,40 @@ Tensor layer_norm_rows(Shape shape, float eps, const std::function<void(Index he
   return x;
 }
 
+void layer_norm_rows_backward(Tensor& dy, float eps,
+                              const std::function<void(Index head, Index token, float* row)>& read) {
+  const Shape& shape = dy.shape();
+  const Index tokens = shape[shape.size() - 2], d = shape.back();
+  constexpr Index at_once = 256;
+  const Index units = ceil_div(tokens, at_once);
+  parallel_for(dy.size() / (tokens * d) * units, [&](Index unit, int) {
+    Scratch& scratch = thread_scratch();
+    const Scratch::Mark mark(scratch);
+    float *x = scratch.take<float>(d).data(), *y = scratch.take<float>(d).data();
+    const Index head = unit / units, first = unit % units * at_once;
+    const auto size = static_cast<double>(d);
+    for (Index t = first; t < std::min(tokens, first + at_once); ++t) {
+      float* row = dy.as<float>() + (head * tokens + t) * d;
+      read(head, t, x);
+      std::copy_n(x, d, y);
+      layer_norm(y, d, eps);
+      double mean = 0, square = 0, dmean = 0, along = 0;
+      for (Index i = 0; i < d; ++i) mean += static_cast<double>(x[i]);
+      mean /= size;
+      for (Index i = 0; i < d; ++i) {
+        const double centred = static_cast<double>(x[i]) - mean, g = static_cast<double>(row[i]);
+        square += centred * centred, dmean += g, along += g * static_cast<double>(y[i]);
+      }
+      // y = x' / σ, x' = x - mean, σ² = mean x'² + eps.
+      const double variance = square / size + static_cast<double>(eps);
+      const double factor = variance > 0 ? 1 / std::sqrt(variance) : 0;
+      for (Index i = 0; i < d; ++i)
+        row[i] = static_cast<float>(
+            factor * (static_cast<double>(row[i]) - dmean / size - static_cast<double>(y[i]) * along / size));
+    }
+  });
+}
+
 std::vector<Index> sample_evenly(Index rows, Index count, std::uint64_t seed) {
   std::vector<Index> sample;
   Random random(seed);

@@ -16,6 +16,10 @@ void layer_norm(float* x, Index d, float eps);
 /// The rows that read(head, token, row) gives, normalised so: shape [..., tokens, d], whose leading axes are the heads.
 Tensor layer_norm_rows(Shape shape, float eps, const std::function<void(Index head, Index token, float* row)>& read);
 
+/// From dy, the gradient of what layer_norm_rows() gave, in place to that of the rows that it read.
+void layer_norm_rows_backward(Tensor& dy, float eps,
+                              const std::function<void(Index head, Index token, float* row)>& read);
+
 /// `count` (1 … rows) of rows 0 … rows-1, ascending: one at random from each of as many equal stretches.
 std::vector<Index> sample_evenly(Index rows, Index count, std::uint64_t seed);
 

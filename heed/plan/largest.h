@@ -19,4 +19,10 @@ struct Largest {
 Largest largest_features(const Problem& problem, const Queries& queries, const KeyValues& kv, float scale,
                          std::span<const std::int32_t> order, std::span<const BlockRange> regions);
 
+/// Adds the gradients of that q and k, `from` [B, Hq, R, D] each, to those of the queries, dq [B, Hq, N, D], and of the
+/// keys, dk [B, Hk, M, D]: each feature's goes to the token that had the largest, the one of lowest rank among equals.
+void largest_features_backward(const Problem& problem, const Queries& queries, const KeyValues& kv, float scale,
+                               std::span<const std::int32_t> order, std::span<const BlockRange> regions,
+                               const Largest& from, Tensor& dq, Tensor& dk);
+
 }  // namespace heed
