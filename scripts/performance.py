@@ -41,7 +41,7 @@ def options(mechanisms=(), against=(), **named):
     return words
 
 
-# Name -> arguments of heed bench. Lengths, repeats and dtypes are what about twelve minutes on two cores allow.
+# Name -> arguments of heed bench. Lengths, repeats and dtypes are what about fifteen minutes on two cores allow.
 def measurements(short):
     n = 2048 if short else 16384
     dense = {"mechanisms": ["dense"], "against": ["torch"]}
@@ -58,6 +58,8 @@ def measurements(short):
             *options(["dense", STREAMING, MOBA], ["torch"], length=n * 2, heads=2, dtype="f32", repeat=3),
         ],
         "sparse-bf16": ["attend", *options(["dense", STREAMING, MOBA], length=n * 2, heads=2, dtype="bf16", repeat=3)],
+        "backward-4k": ["backward", *options(["dense"], ["torch"], length=n // 4, heads=4, dtype="both", repeat=5)],
+        "backward-16k": ["backward", *options(["dense", MOBA], ["torch"], length=n, heads=2, dtype="both", repeat=2)],
         "linear-smollm2": ["linear", SMOLLM2, *options(against=["torch"], rows=512, repeat=3 if short else 7)],
         "linear-gemma3": ["linear", GEMMA3, *options(against=["torch"], rows=512, repeat=3)],
     }
@@ -177,6 +179,23 @@ def attend_table(names):
     return table
 
 
+def backward_table(runs):
+    lines = [
+        "| tensors | mechanism | | forward | + backward | of the f32 peak | torch, dense | ratio |",
+        "|---" * 8 + "|",
+    ]
+    chosen = [runs[n] for n in ("backward-4k", "backward-16k") if n in runs]
+    for r in chosen:
+        for x in r["results"]:
+            torch = (x.get("against") or {}).get("torch")
+            theirs = f"{seconds(torch['both_s'])} | **{torch['ratio']:.2f} ×**" if torch else "– | –"
+            lines.append(
+                f"| {r['heads']} × N = {r['length']:,}, D = {r['head_size']} | `{x['mechanism']}`{'' if x['causal'] else ' full'} "
+                f"| {x['dtype']} | {seconds(x['forward_s'])} | {seconds(x['both_s'])} | {percent(x['share_of_f32_peak'])} | {theirs} |"
+            )
+    return [*lines, "", f"{chosen[0]['machine']}, {chosen[0]['isa']}, {chosen[0]['threads']} threads. {source(*chosen)}."]
+
+
 def linear_table(runs):
     lines = ["| model | matrix | format | heed | of the peak | torch | ratio |", "|---" * 7 + "|"]
     below = []
@@ -231,6 +250,7 @@ TABLES = {
         attend_table(names),
     ),
     "sparse": (names := ["sparse", "sparse-bf16"], attend_table(names)),
+    "backward": (["backward-4k", "backward-16k"], backward_table),
     "linear": (["linear-smollm2", "linear-gemma3"], linear_table),
     "prefill": (names := ["prefill-openvino", "prefill-llama"], model_table(names)),
     "decode": (["decode-llama"], model_table(["decode-llama"])),
