@@ -123,7 +123,10 @@ void train_model(const Options& options) {
     print(fmt::format("{} parameters, {} tokens a step\n", count_text(parameters),
                       count_text(trainer->tokens_per_step())));
   train(options, *trainer, folder);
-  const std::vector<std::string> files = trainer->export_model(folder + "/model.gguf");
+  const std::string why_not = nn::why_not_exported(trainer->model().mixers());
+  if (!why_not.empty() && !options.json) print(fmt::format("no model.gguf: {}\n", why_not));
+  const std::vector<std::string> files =
+      why_not.empty() ? trainer->export_model(folder + "/model.gguf") : std::vector<std::string>{checkpoint_in(folder)};
   if (options.json) print(Json{{"files", files}}.dump() + "\n");
   else print(fmt::format("{}\n", fmt::join(files, ", ")));
 }

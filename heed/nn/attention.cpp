@@ -1,9 +1,6 @@
 #include "heed/nn/attention.h"
 
-#include <ATen/ops/conv1d.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/pad.h>
-#include <ATen/ops/silu.h>
 
 #include <cmath>
 
@@ -11,66 +8,81 @@
 #include "heed/torch/attend.h"
 
 namespace heed::nn {
-namespace {
-
-// FlashMoBA's keys: k + silu(y), y_t = Σ over l < W of w_l·k_(t-l). k [B, H, N, D], w [H, D, W].
-at::Tensor convolve_keys(const at::Tensor& k, const at::Tensor& w) {
-  const Index b = k.size(0), n = k.size(2), channels = k.size(1) * k.size(3), taps = w.size(2);
-  const at::Tensor x = at::pad(k.transpose(2, 3).reshape({b, channels, n}), {taps - 1, 0});
-  // conv1d correlates: tap l of it stands W - 1 - l tokens back.
-  const at::Tensor y = at::conv1d(x, w.reshape({channels, 1, taps}).flip(-1).to(k.dtype()), {}, at::IntArrayRef{1},
-                                  at::IntArrayRef{0}, at::IntArrayRef{1}, channels);
-  return k + at::silu(y).reshape({b, k.size(1), k.size(3), n}).transpose(2, 3);
-}
-
-}  // namespace
 
 std::vector<LearnedPart> learned_parts(const AttentionOptions& o) {
   const std::string& name = o.mechanism.name;
+  const Params p(name, find_mechanism(name).params, o.mechanism.params);
   if (name == "flash-moba" && o.key_conv > 0) return {{"kconv_w", {o.kv_heads, o.head_size, o.key_conv}, 0}};
-  if (name == "seer-attention") {
-    const Params p("seer-attention", find_mechanism(name).params, o.mechanism.params);
+  if (name == "seer-attention" && !p.boolean("oracle")) {
     const Index pooled = 3 * o.head_size;
-    if (!p.boolean("oracle"))
-      return {{"wk", {o.heads, pooled, o.head_size}, 1 / std::sqrt(static_cast<double>(pooled))}};
+    return {{"wk", {o.heads, pooled, o.head_size}, 1 / std::sqrt(static_cast<double>(pooled))}};
+  }
+  // As the authors begin: every key is about as important as any other, so a window of the newest is kept.
+  if (name == "dma") return {{"w_dt", {o.kv_heads, o.kv_heads * o.head_size}, 0.02}, {"a", {o.kv_heads}, 0.02}};
+  if (name == "gated-attention") {
+    const std::string& position = p.text("position");
+    const Index heads = position == "g1" || position == "g4" ? o.heads : o.kv_heads;
+    const Index outputs = o.headwise_gate ? heads : heads * o.head_size;
+    return {{"gate", {outputs, o.width}, 1 / std::sqrt(static_cast<double>(o.width))}};  // as q
+  }
+  if (name == "routing-transformer") {
+    const CentroidOptions c = centroid_options(o.mechanism, o.kv_heads, o.head_size);
+    return {{"mu", {c.kv_heads, c.clusters, c.head_size}, 1},
+            {"mu_sum", {c.kv_heads, c.clusters, c.head_size}, 0},
+            {"mu_count", {c.kv_heads, c.clusters}, 0}};
   }
   return {};
 }
 
 Attention::Attention(const AttentionOptions& options)
-    : options_(options), call_(options.mechanism.text()), learned_(learned_parts(options)),
+    : options_(options), call_(options.mechanism.text()),
       rotary_(options.head_size, options.rope_base, options.rope_pairs) {
   check_trains(options.mechanism);
+  learned_ = learned_parts(options);
   const Index d = options.head_size, q_width = options.heads * d, kv_width = options.kv_heads * d;
-  const auto add = [&](const char* name, std::vector<Index> shape) {
-    return register_parameter(name, at::empty(shape, at::kFloat));
+  const auto add = [&](const char* name, std::vector<Index> shape, bool gradient = true) {
+    return register_parameter(name, at::empty(shape, at::kFloat), gradient);
   };
   q_ = add("q", {q_width, options.width});
   k_ = add("k", {kv_width, options.width});
   v_ = add("v", {kv_width, options.width});
   output_ = add("output", {options.width, q_width});
   if (options.head_norms) q_norm_ = add("q_norm", {d}), k_norm_ = add("k_norm", {d});
+  const bool centroids = options.mechanism.name == "routing-transformer";
+  std::vector<at::Tensor> parts;
+  for (const LearnedPart& part : learned_) parts.push_back(add(part.name.c_str(), part.shape, !centroids));
+  if (centroids)
+    centroids_.emplace(centroid_options(options.mechanism, options.kv_heads, d), parts[0], parts[1], parts[2]);
+  else if (options.mechanism.name == "gated-attention") gate_ = parts[0];
+  else
+    for (size_t i = 0; i < parts.size(); ++i) extras_.emplace(learned_[i].name, parts[i]);
+}
+
+void Attention::initialise_learned(Random& random) const {
+  const auto parameters = named_parameters(false);
   for (const LearnedPart& part : learned_) {
-    const at::Tensor parameter = add(part.name.c_str(), part.shape);
-    if (part.name == "kconv_w") key_conv_ = parameter;
-    else extras_.emplace(part.name, parameter);
+    const at::Tensor& tensor = parameters[part.name];
+    for (Index i = 0; i < tensor.numel(); ++i)
+      tensor.data_ptr<float>()[i] = static_cast<float>(part.deviation * random.normal());
   }
+  if (centroids_) centroids_->initialise();
 }
 
 at::Tensor Attention::forward(const at::Tensor& x, at::ScalarType arithmetic) {
   const Index b = x.size(0), n = x.size(1), d = options_.head_size;
-  const auto heads = [&](const at::Tensor& w) { return product(x, w, arithmetic).view({b, n, -1, d}).transpose(1, 2); };
+  const auto split = [&](const at::Tensor& w, Index each) {
+    return product(x, w, arithmetic).view({b, n, -1, each}).transpose(1, 2);
+  };
   const auto placed = [&](const at::Tensor& w, const at::Tensor& gain) {
-    const at::Tensor wide = heads(w).to(at::kFloat);
+    const at::Tensor wide = split(w, d).to(at::kFloat);
     return rotary_.turn(gain.defined() ? rms_norm(wide, gain, options_.rms_eps) : wide).to(arithmetic);
   };
-  const at::Tensor q = placed(q_, q_norm_);
-  at::Tensor k = placed(k_, k_norm_);
-  // The router and attention both read the convolved keys, so to them these are the keys.
-  if (key_conv_.defined()) k = convolve_keys(k, key_conv_);
+  const at::Tensor q = placed(q_, q_norm_), k = placed(k_, k_norm_);
   aten::AttendOptions how;
   how.mechanism = call_, how.causal = true, how.extra = extras_;
-  const at::Tensor o = aten::attend(q, k, heads(v_), how).o;
+  if (gate_.defined()) how.extra["gate"] = split(gate_, options_.headwise_gate ? 1 : d);
+  if (centroids_) how.extra["mu"] = centroids_->now(), auxiliary_ = centroids_->follow(q, k);
+  const at::Tensor o = aten::attend(q, k, split(v_, d), how).o;
   return product(o.transpose(1, 2).reshape({b, n, options_.heads * d}), output_, arithmetic);
 }
 

@@ -4,10 +4,12 @@
 #include <torch/nn/module.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "heed/mechanism/params.h"
+#include "heed/base/random.h"
+#include "heed/nn/centroids.h"
 #include "heed/nn/layers.h"
 
 namespace heed::nn {
@@ -19,7 +21,8 @@ struct AttentionOptions {
   model::RopePairs rope_pairs = model::RopePairs::adjacent;
   bool head_norms = false;  // RMS norms of every query and key before they are turned
   double rms_eps = 1e-5;
-  Index key_conv = 0;  // flash-moba: width of the learned convolution of keys, 0: none
+  Index key_conv = 0;           // flash-moba: width of the learned convolution of keys, 0: none
+  bool headwise_gate = false;   // gated-attention: one number a token and head, else one for each feature
 };
 
 /// A tensor that a mechanism learns, beside q, k and v.
@@ -28,22 +31,28 @@ struct LearnedPart {
   std::vector<Index> shape;
   double deviation;  // of the normal numbers that it begins with; 0: zeros
 };
-/// What a mechanism learns in such a layer. Its gate or centroids may be constants for a loss on o: they are
-/// registered, and get no gradient.
+/// What a mechanism learns in such a layer. What is a constant for a loss on o (a distilled gate, centroids that follow
+/// tokens) is registered, and gets no gradient.
 std::vector<LearnedPart> learned_parts(const AttentionOptions& options);
 
 /// y = W_o·mechanism(RoPE(W_q·x), RoPE(W_k·x), W_v·x), causal. Parameters: q [heads·D, width], k and v
 /// [kv_heads·D, width], output [width, heads·D], q_norm and k_norm [D] with head_norms, and the mechanism's learned
-/// parts by their names.
+/// parts by their names. gated-attention's `gate` [heads·D or heads, width] is a projection of x, whose results are the
+/// gate's logits: it gates outputs, values, and queries and keys as they are compared, that is turned.
 class Attention : public torch::nn::Module {
  public:
   /// Weights are not set yet (see LanguageModel::initialise). Throws UsageError for a mechanism that cannot be trained
   /// in a causal language model.
   explicit Attention(const AttentionOptions& options);
 
+  /// Sets the learned parts, by what they begin with.
+  void initialise_learned(Random& random) const;
+
   /// x [B, N, width] f32 → [B, N, width] of type `arithmetic` (f32 or bf16), in which products and attention are
   /// computed. Throws Error for shapes that the mechanism refuses.
   at::Tensor forward(const at::Tensor& x, at::ScalarType arithmetic = at::kFloat);
+  /// What the mechanism adds to a model's loss after forward() (routing-transformer's commitment), or undefined.
+  const at::Tensor& auxiliary() const { return auxiliary_; }
 
   const AttentionOptions& options() const { return options_; }
   const std::vector<LearnedPart>& learned() const { return learned_; }
@@ -54,8 +63,10 @@ class Attention : public torch::nn::Module {
   std::vector<LearnedPart> learned_;
   Rotary rotary_;
   at::Tensor q_, k_, v_, output_, q_norm_, k_norm_;
-  std::map<std::string, at::Tensor, std::less<>> extras_;  // learned parts that the mechanism itself reads
-  at::Tensor key_conv_;
+  std::map<std::string, at::Tensor, std::less<>> extras_;  // learned parts that the mechanism reads as they are
+  at::Tensor gate_;
+  std::optional<Centroids> centroids_;
+  at::Tensor auxiliary_;
 };
 
 }  // namespace heed::nn

@@ -52,7 +52,9 @@ const std::vector<ParamSpec>& train_settings() {
       integer("context", 4096, 2, 1 << 24, "most tokens that the model is said to read"),
       number("rope_base", 1e4, 1, 1e300, "base of the rotary positions"),
       boolean("tied", true, "the output's weights are the embedding's"),
-      integer("key_conv", 0, 0, 5, "width of flash-moba's learned convolution of keys, 3 or 5; 0: none")};
+      integer("key_conv", 0, 0, 5, "width of flash-moba's learned convolution of keys, 3 or 5; 0: none"),
+      choice("gate", "elementwise", {"elementwise", "headwise"},
+             "gated-attention: a gate for every feature, or one for every head")};
   return settings;
 }
 
@@ -91,14 +93,33 @@ std::string json_of(const TrainConfig& config) {
   return json.dump(2);
 }
 
+namespace {
+
+// Those that are no replacement in a model trained without them, while here a model is trained with them: Attention and
+// LanguageModel have what they need.
+bool made_here(const std::string& mechanism) {
+  for (const char* name : {"combiner", "dma", "gated-attention", "landmark", "routing-transformer"})
+    if (mechanism == name) return true;
+  return false;
+}
+
+}  // namespace
+
 void check_trains(const MechanismCall& call) {
   const Mechanism& m = find_mechanism(call.name);
-  if (m.causality == Causality::refused || !m.not_on_models.empty())
+  if (m.causality == Causality::refused || (!m.not_on_models.empty() && !made_here(m.name)))
     fail_usage("mechanism = {}: {}, expected one that a causal language model can be trained with", m.name,
                m.not_on_models.empty() ? std::string("it is not causal") : m.not_on_models);
   if (m.plan_gradient == nullptr)
     fail_usage("mechanism = {}: it has no backward pass yet, expected one that has", m.name);
   Params(m.name, m.params, call.params);
+}
+
+std::string why_not_exported(const std::vector<MechanismCall>& mixers) {
+  for (const MechanismCall& call : mixers)
+    if (const Mechanism& m = find_mechanism(call.name); !m.not_on_models.empty())
+      return fmt::format("layers with {} run only where they are trained", m.name);
+  return "";
 }
 
 std::vector<MechanismCall> mixers_of(const std::vector<std::string>& texts, const model::ModelInfo& info) {

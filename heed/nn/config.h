@@ -38,6 +38,10 @@ std::vector<MechanismCall> mixers_of(const std::vector<std::string>& texts, cons
 /// or misspelt parameters.
 void check_trains(const MechanismCall& call);
 
+/// Why `heed run` could not compute what a model with these layers computes, or "": a GGUF file has no place for what
+/// makes them.
+std::string why_not_exported(const std::vector<MechanismCall>& mixers);
+
 /// The sizes of a new model: architecture llama, byte-level vocabulary. Throws UsageError for sizes that do not fit
 /// each other.
 model::ModelInfo info_of(const Params& settings);

@@ -17,7 +17,7 @@ void for_learned(const LanguageModel& model, const Visit& visit) {
 }
 
 bool is_learned(const LanguageModel& model, const std::string& parameter) {
-  bool found = false;
+  bool found = parameter == "landmark";
   for_learned(model, [&](Index i, const Attention& attention) {
     for (const LearnedPart& part : attention.learned())
       found = found || parameter == fmt::format("blk.{}.attn.{}", i, part.name);
@@ -35,10 +35,15 @@ std::string gguf_name(const std::string& parameter) {
 }
 
 std::shared_ptr<LanguageModel> read_model(const model::Gguf& file, const std::vector<std::string>& mixers,
-                                          Index key_conv) {
+                                          const LayerOptions& options) {
   const model::ModelInfo info = model::read_info(file);
   model::check_tensors(file, info);
-  auto model = std::make_shared<LanguageModel>(info, mixers_of(mixers, info), key_conv);
+  const std::vector<MechanismCall> calls = mixers_of(mixers, info);
+  for (const MechanismCall& call : calls)
+    if (call.name == "gated-attention")
+      fail_usage("mechanism = {}: {} holds no gates, expected a new model: a gate must be there from the start",
+                 call.name, file.name());
+  auto model = std::make_shared<LanguageModel>(info, calls, options);
   model->initialise(0);  // what mechanisms learn has to begin somewhere
   const c10::NoGradGuard frozen;
   for (const auto& [name, parameter] : parameters_of(*model)) {
@@ -46,11 +51,15 @@ std::shared_ptr<LanguageModel> read_model(const model::Gguf& file, const std::ve
     const model::GgufTensor& tensor = *file.find(gguf_name(name));
     for (Index r = 0; r < tensor.rows(); ++r) tensor.read_row(r, parameter.data_ptr<float>() + r * tensor.columns());
   }
+  if (const auto named = model->named_parameters(); named.contains("landmark"))
+    at::Tensor(named["landmark"]).copy_(named["token_embd"].mean(0));
   return model;
 }
 
 void write_model(const std::string& path, const LanguageModel& model, const model::Vocabulary& vocabulary,
                  const std::string& chat_template) {
+  if (const std::string why = why_not_exported(model.mixers()); !why.empty())
+    fail("{}: {}, expected mechanisms that heed run takes", path, why);
   model::GgufMetadata metadata = model::metadata_of(model.info());
   metadata.merge(model::metadata_of(vocabulary));
   std::vector<std::string> mixers;

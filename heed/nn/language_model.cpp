@@ -1,10 +1,14 @@
 #include "heed/nn/language_model.h"
 
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
 
 #include <cmath>
@@ -26,7 +30,7 @@ at::Tensor FeedForward::forward(const at::Tensor& x, at::ScalarType arithmetic) 
   return product((gelu_ ? at::gelu(gate, "tanh") : at::silu(gate)) * up, down_, arithmetic);
 }
 
-Layer::Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, Index key_conv)
+Layer::Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, const LayerOptions& options)
     : eps_(info.rms_eps) {
   const bool gemma = info.architecture == "gemma3", local = info.local[static_cast<size_t>(layer)];
   attention_ = register_module("attn", std::make_shared<Attention>(AttentionOptions{
@@ -39,7 +43,8 @@ Layer::Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mec
                                            .rope_pairs = gemma ? model::RopePairs::halves : model::RopePairs::adjacent,
                                            .head_norms = gemma,
                                            .rms_eps = info.rms_eps,
-                                           .key_conv = key_conv}));
+                                           .key_conv = options.key_conv,
+                                           .headwise_gate = options.headwise_gate}));
   feed_forward_ = register_module("ffn", std::make_shared<FeedForward>(info));
   const auto gain = [&](const char* name) { return register_parameter(name, at::empty({info.width}, at::kFloat)); };
   attn_norm_ = gain("attn_norm"), ffn_norm_ = gain("ffn_norm");
@@ -54,7 +59,25 @@ at::Tensor Layer::forward(at::Tensor x, at::ScalarType arithmetic) const {
   return x + added(feed_forward_->forward(rms_norm(x, ffn_norm_, eps_), arithmetic), post_ffw_norm_);
 }
 
-LanguageModel::LanguageModel(const model::ModelInfo& info, const std::vector<MechanismCall>& mixers, Index key_conv)
+namespace {
+
+// The tokens between landmarks that layers agree on, or 0.
+Index landmark_block(const std::vector<MechanismCall>& mixers) {
+  Index block = 0;
+  for (const MechanismCall& call : mixers) {
+    if (call.name != "landmark") continue;
+    const Index own = Params(call.name, find_mechanism(call.name).params, call.params).integer("block");
+    if (block != 0 && own != block)
+      fail_usage("landmark: block = {}, expected {} in all layers, as they share their landmarks", own, block);
+    block = own;
+  }
+  return block;
+}
+
+}  // namespace
+
+LanguageModel::LanguageModel(const model::ModelInfo& info, const std::vector<MechanismCall>& mixers,
+                             const LayerOptions& options)
     : info_(info), mixers_(mixers) {
   if (static_cast<Index>(mixers.size()) != info.layers)
     fail("mixers: {} of them, expected {}, one a layer", mixers.size(), info.layers);
@@ -62,11 +85,13 @@ LanguageModel::LanguageModel(const model::ModelInfo& info, const std::vector<Mec
   const auto blocks = register_module("blk", std::make_shared<torch::nn::Module>());
   for (Index i = 0; i < info.layers; ++i) {
     const MechanismCall& mixer = mixers[static_cast<size_t>(i)];
-    layers_.push_back(std::make_shared<Layer>(info, i, mixer, key_conv));
+    layers_.push_back(std::make_shared<Layer>(info, i, mixer, options));
     blocks->register_module(fmt::format("{}", i), layers_.back());
   }
   output_norm_ = register_parameter("output_norm", at::empty({info.width}, at::kFloat));
   if (!info.tied_output) output_ = register_parameter("output", at::empty({info.vocabulary, info.width}, at::kFloat));
+  landmark_block_ = landmark_block(mixers);
+  if (landmark_block_ > 0) landmark_ = register_parameter("landmark", at::empty({info.width}, at::kFloat));
 }
 
 void LanguageModel::initialise(std::uint64_t seed) {
@@ -85,21 +110,30 @@ void LanguageModel::initialise(std::uint64_t seed) {
     else if (name.ends_with("attn.output") || name.ends_with("ffn.down")) normal(inward);
     else normal(deviation);
   }
-  for (const auto& layer : layers_) {
-    const auto& attention = layer->attention();
-    const auto parameters = attention.named_parameters(false);
-    for (const LearnedPart& part : attention.learned()) {
-      const at::Tensor& tensor = parameters[part.name];
-      for (Index i = 0; i < tensor.numel(); ++i)
-        tensor.data_ptr<float>()[i] = static_cast<float>(part.deviation * random.normal());
-    }
-  }
+  for (const auto& layer : layers_) layer->attention().initialise_learned(random);
 }
 
 at::Tensor LanguageModel::hidden(const at::Tensor& tokens) {
-  at::Tensor x = at::embedding(embedding_, tokens) * static_cast<double>(info_.embedding_scale);
+  at::Tensor x = at::embedding(embedding_, tokens), places;
+  if (landmark_block_ > 0) {
+    const Index n = tokens.size(1), b = landmark_block_;
+    const at::Tensor all = at::arange(n + n / b), after = at::div(all, b + 1, "floor");
+    const at::Tensor marks = (all + 1).remainder(b + 1).eq(0);
+    places = marks.logical_not().nonzero().squeeze(1);
+    x = at::cat({x, landmark_.expand({x.size(0), 1, -1})}, 1).index_select(1, at::where(marks, n, all - after));
+  }
+  x = x * static_cast<double>(info_.embedding_scale);
   for (const auto& layer : layers_) x = layer->forward(x, arithmetic_);
+  if (places.defined()) x = x.index_select(1, places);
   return rms_norm(x, output_norm_, info_.rms_eps);
+}
+
+at::Tensor LanguageModel::auxiliary() const {
+  at::Tensor sum;
+  for (const auto& layer : layers_)
+    if (const at::Tensor& part = layer->attention().auxiliary(); part.defined())
+      sum = sum.defined() ? sum + part : part;
+  return sum;
 }
 
 at::Tensor LanguageModel::logits(const at::Tensor& tokens) {

@@ -22,10 +22,16 @@ class FeedForward : public torch::nn::Module {
   at::Tensor gate_, up_, down_;  // [ffn, width] twice, [width, ffn]
 };
 
+/// What layers are told beside their sizes and mechanism.
+struct LayerOptions {
+  Index key_conv = 0;
+  bool headwise_gate = false;
+};
+
 /// x += attention(norm(x)); x += feed_forward(norm(x)); gemma3 normalises what it adds, too.
 class Layer : public torch::nn::Module {
  public:
-  Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, Index key_conv);
+  Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, const LayerOptions& options);
   at::Tensor forward(at::Tensor x, at::ScalarType arithmetic) const;
   const Attention& attention() const { return *attention_; }
 
@@ -37,10 +43,14 @@ class Layer : public torch::nn::Module {
 };
 
 /// Parameters are named as in GGUF files, blk.3.attn.q standing for blk.3.attn_q.weight (gguf_name).
+/// Where layers are landmark's, a learned token, `landmark` [width], is put in after every `block` tokens, for all
+/// layers to read, and taken out after the last: nothing is predicted there, and positions count it.
 class LanguageModel : public torch::nn::Module {
  public:
-  /// `mixers`: one a layer. Weights are not set: initialise() or load them. Throws UsageError as Attention does.
-  LanguageModel(const model::ModelInfo& info, const std::vector<MechanismCall>& mixers, Index key_conv = 0);
+  /// `mixers`: one a layer. Weights are not set: initialise() or load them. Throws UsageError as Attention does, and
+  /// for landmark layers that differ in `block`.
+  LanguageModel(const model::ModelInfo& info, const std::vector<MechanismCall>& mixers,
+                const LayerOptions& options = {});
 
   /// Normal numbers of deviation width^-1/2 for matrices, less for those that write to the residual stream
   /// (÷ sqrt(2·layers)); gains 1. The same on every machine.
@@ -52,6 +62,9 @@ class LanguageModel : public torch::nn::Module {
   at::Tensor logits(const at::Tensor& tokens);
   /// -ln p(targets | tokens up to there), [B, N] f32.
   at::Tensor losses(const at::Tensor& tokens, const at::Tensor& targets);
+
+  /// What the layers' mechanisms add to the loss of the last forward pass, or undefined.
+  at::Tensor auxiliary() const;
 
   /// What products and attention are computed in, f32 (the default) or bf16; weights stay f32.
   void set_arithmetic(at::ScalarType type) { arithmetic_ = type; }
@@ -65,6 +78,8 @@ class LanguageModel : public torch::nn::Module {
   at::ScalarType arithmetic_ = at::kFloat;
   std::vector<std::shared_ptr<Layer>> layers_;
   at::Tensor embedding_, output_norm_, output_;  // [vocabulary, width], [width], [vocabulary, width] or undefined: tied
+  Index landmark_block_ = 0;  // tokens between landmarks, 0: none
+  at::Tensor landmark_;
 };
 
 using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;

@@ -23,7 +23,7 @@ constexpr const char* format = "heed checkpoint 1";
 void check_model_stays(const TrainConfig& before, const TrainConfig& after, const std::string& path) {
   const Params a = settings_of(before), b = settings_of(after);
   for (const char* name : {"layers", "width", "ffn", "heads", "kv_heads", "head_size", "context", "rope_base", "tied",
-                           "key_conv", "optimizer"})
+                           "key_conv", "gate", "optimizer"})
     if (a.text(name) != b.text(name))
       fail_usage("{}: {} = {}, expected {}, as the run began", path, name, b.text(name), a.text(name));
   if (before.from != after.from)
@@ -36,12 +36,13 @@ Trainer::Trainer(const TrainConfig& config)
     : config_(config), settings_(settings_of(config)), steps_(settings_.integer("steps")),
       batch_(settings_.integer("batch")), length_(settings_.integer("length")) {
   if (config.file.empty()) fail_usage("train: file is missing, expected a text to train on");
-  const Index key_conv = settings_.integer("key_conv");
+  const LayerOptions layers{.key_conv = settings_.integer("key_conv"),
+                            .headwise_gate = settings_.text("gate") == "headwise"};
   std::vector<model::Token> tokens;
   std::optional<model::Token> bos;
   if (config.from.empty()) {
     const model::ModelInfo info = info_of(settings_);
-    model_ = std::make_shared<LanguageModel>(info, mixers_of(config.mechanisms, info), key_conv);
+    model_ = std::make_shared<LanguageModel>(info, mixers_of(config.mechanisms, info), layers);
     model_->initialise(static_cast<std::uint64_t>(settings_.integer("seed")));
     vocabulary_ = model::Vocabulary::bytes();
     // Byte for byte: a text need not even be UTF-8.
@@ -52,7 +53,7 @@ Trainer::Trainer(const TrainConfig& config)
       if (settings_.given(name))
         fail_usage("train: {} = {}, expected none: {} says it", name, settings_.text(name), config.from);
     const model::Gguf file = model::Gguf::open(config.from);
-    model_ = read_model(file, config.mechanisms, key_conv);
+    model_ = read_model(file, config.mechanisms, layers);
     vocabulary_ = model::Vocabulary::from(file);
     chat_template_ = file.text_or("tokenizer.chat_template", "");
     if (length_ > model_->info().context)
@@ -76,8 +77,9 @@ double Trainer::step() {
   const double value = loss.item<double>();
   if (!std::isfinite(value))
     fail("train: loss = {} at step {}, expected a finite number; a smaller lr or clip may help", value, step_);
+  const at::Tensor auxiliary = model_->auxiliary();
   try {
-    loss.backward();
+    (auxiliary.defined() ? loss + auxiliary : loss).backward();
   } catch (const c10::Error& e) {  // what heed said inside, without torch's frames
     throw Error(e.what_without_backtrace());
   }

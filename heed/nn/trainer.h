@@ -38,7 +38,7 @@ class Trainer {
   /// Weights, momenta, step and settings as one safetensors file, which appears only when it is complete.
   void save(const std::string& path) const;
   /// The model as a GGUF file, and beside it NAME.calibration.safetensors when its mechanisms learned something of
-  /// their own (see write_model). Returns the files written.
+  /// their own (see write_model, which refuses some mechanisms). Returns the files written.
   std::vector<std::string> export_model(const std::string& path) const;
 
   LanguageModel& model() { return *model_; }

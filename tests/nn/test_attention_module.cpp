@@ -55,15 +55,38 @@ at::Tensor reference(const Parameters& p, const at::Tensor& x, const nn::Attenti
     }
     k = k + y * at::sigmoid(y);
   }
+  at::Tensor output_gate;
+  at::Tensor turned = q;
+  if (const auto w = p.find("gate"); w != p.end()) {
+    std::string position = "g1";
+    for (const auto& [name, value] : o.mechanism.params)
+      if (name == "position") position = value;
+    const bool of_queries = position == "g1" || position == "g4";
+    const at::Tensor gate = at::sigmoid(at::matmul(x, w->second.t())
+                                            .view({b, n, of_queries ? o.heads : o.kv_heads, o.headwise_gate ? 1 : d})
+                                            .permute({0, 2, 1, 3}));
+    if (position == "g1") output_gate = gate;
+    if (position == "g2") v = v * gate;
+    if (position == "g3") k = k * gate;
+    if (position == "g4") turned = q * gate;
+  }
+  at::Tensor importance = at::zeros({b, o.kv_heads, 1, n}, at::kDouble);
+  if (const auto w = p.find("w_dt"); w != p.end()) {
+    const at::Tensor dt = at::matmul(v.permute({0, 2, 1, 3}).reshape({b, n, o.kv_heads * d}), w->second.t());
+    importance = at::exp(p.at("a") * at::log1p(at::exp(dt))).permute({0, 2, 1}).unsqueeze(2);
+  }
   const Index group = o.heads / o.kv_heads;
+  importance = importance.repeat_interleave(group, 1);
   k = k.repeat_interleave(group, 1), v = v.repeat_interleave(group, 1);
   const at::Tensor hidden = at::zeros({n, n}, at::kDouble);
   for (Index t = 0; t < n; ++t)
     for (Index j = 0; j < n; ++j)
       if (!sees(t, j)) hidden[t][j] = -INFINITY;
   const at::Tensor weights =
-      at::softmax(at::matmul(q, k.transpose(2, 3)) / std::sqrt(static_cast<double>(d)) + hidden, -1);
-  return at::matmul(at::matmul(weights, v).permute({0, 2, 1, 3}).reshape({b, n, o.heads * d}), p.at("output").t());
+      at::softmax(at::matmul(turned, k.transpose(2, 3)) / std::sqrt(static_cast<double>(d)) + importance + hidden, -1);
+  at::Tensor out = at::matmul(weights, v);
+  if (output_gate.defined()) out = out * output_gate;
+  return at::matmul(out.permute({0, 2, 1, 3}).reshape({b, n, o.heads * d}), p.at("output").t());
 }
 
 void check_close(const std::string& name, const at::Tensor& got, const at::Tensor& want, double tolerance) {
@@ -129,6 +152,29 @@ TEST_CASE("flash-moba's key convolution, three and five wide") {
     compare(options("flash-moba:block=6,top_k=99", width), [](Index t, Index j) { return j <= t; }, 29);
 }
 
+TEST_CASE("gated-attention's gates are projections of the same token, for every position and granularity") {
+  for (const char* position : {"g1", "g2", "g3", "g4"})
+    for (const bool headwise : {false, true}) {
+      nn::AttentionOptions o = options((std::string("gated-attention:position=") + position).c_str());
+      o.headwise_gate = headwise;
+      compare(o, [](Index t, Index j) { return j <= t; }, 23);
+    }
+}
+
+TEST_CASE("gates that say nothing halve dense attention") {
+  nn::Attention dense(options("dense")), gated(options("gated-attention"));
+  for (const auto& item : gated.named_parameters())
+    item.value().data().copy_(item.key() == "gate" ? at::zeros_like(item.value())
+                                                   : random_tensor(item.value().sizes(), 8, 0.2));
+  for (const auto& item : dense.named_parameters()) item.value().data().copy_(gated.named_parameters()[item.key()]);
+  const at::Tensor x = random_tensor({1, 19, 24}, 4);
+  check_close("y", gated.forward(x) * 2, dense.forward(x).to(at::kDouble), 1e-6);
+}
+
+TEST_CASE("dma's gate learns through the importance of keys") {
+  compare(options("dma:budget=99"), [](Index t, Index j) { return j <= t; }, 26);
+}
+
 TEST_CASE("learned parts are parameters; a gate is a constant for the loss") {
   nn::Attention conv(options("flash-moba:block=6,top_k=2", 3)), plain(options("flash-moba:block=6,top_k=2"));
   CHECK(conv.named_parameters().contains("kconv_w"));
@@ -156,7 +202,8 @@ TEST_CASE("mechanisms that a causal language model cannot be trained with are re
         "mechanism = vmoba: it is not causal: queries of a whole video compete for blocks, expected one that a causal "
         "language model can be trained with");
   CHECK(refusal("pbs-attn") == "mechanism = pbs-attn: it has no backward pass yet, expected one that has");
-  CHECK(refusal("dma").starts_with("mechanism = dma: its gate must be trained with the model"));
+  CHECK(refusal("sparsifiner").starts_with("mechanism = sparsifiner: it is made for images"));
+  CHECK(refusal("routing-transformer") == "routing-transformer: clusters = 0, expected >= 1 where a model learns them");
   CHECK(refusal("nonesuch").find("nonesuch") != std::string::npos);
   CHECK(refusal("moba:top_k=0") == "moba: top_k = 0, expected >= 1");
 }

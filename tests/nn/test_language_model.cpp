@@ -147,7 +147,7 @@ TEST_CASE("what flash-moba's layers learn goes into a calibration, and runs from
   const std::vector<model::Token> tokens = random_tokens(60);
   const Folder folder;
   const std::string file = TinyModel(TinySizes{}).file(), call = "flash-moba:block=8,top_k=3";
-  const auto model = nn::read_model(parsed(file), {call}, 3);
+  const auto model = nn::read_model(parsed(file), {call}, {.key_conv = 3});
   {
     const c10::NoGradGuard frozen;
     Random random(9);
