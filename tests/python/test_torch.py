@@ -136,7 +136,7 @@ def test_errors_are_heeds():
     with pytest.raises(heed.Error, match="q: dtype = Double"):
         heed.attend(q.double(), k, v)
     # Whether there is a backward pass is asked when one is wanted.
-    o = heed.attend(q, k, v, "flash-moba", causal=True, block=4, kconv_w=torch.randn(1, 8, 3))
+    o = heed.attend(q, k, v, "davit", kind="channel", grid="4x5")
     with pytest.raises(ValueError, match="no backward pass yet"):
         o.sum().backward()
 

@@ -139,8 +139,7 @@ TEST_CASE("bad input is one line") {
   CHECK_FAILS(attend(c.q, c.k, c.v, {.mechanism = "dense", .extra = {{"bais", c.q}}}), heed::Error,
               "dense: tensor bais is not one it reads, expected bias, doc, key_mask");
   // Whether there is a backward pass is asked when one is wanted.
-  const auto got = attend(
-      c.q, c.k, c.v, {.mechanism = "flash-moba:block=4", .causal = true, .extra = {{"kconv_w", at::randn({1, 8, 3})}}});
+  const auto got = attend(c.q, c.k, c.v, {.mechanism = "davit:kind=channel,grid=4x5"});
   CHECK_THROWS_AS(gradients(got.o, got.o.detach(), {c.q}), c10::Error);
 }
 
