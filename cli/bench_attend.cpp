@@ -10,7 +10,7 @@
 
 #include "cli/attend_reference.h"
 #include "cli/bench.h"
-#include "cli/bench_tensors.h"
+#include "cli/bench_options.h"
 #include "cli/torch_attend.h"
 #include "heed/base/threads.h"
 #include "heed/exec/cost.h"
@@ -19,14 +19,6 @@
 
 namespace heed::cli {
 namespace {
-
-struct Options {
-  std::vector<std::string> mechanisms, against;
-  std::string dtype = "both", json;
-  BenchTensors tensors;
-  int repeat = 5;
-  bool full = false;
-};
 
 // One mechanism timed: planning and attending. Checks and packing, which every mechanism pays alike, stand apart.
 struct Timing {
@@ -79,7 +71,7 @@ Timing time_of(const MechanismCall& call, const AttendInput& in, int repeat, con
 
 class Bench {
  public:
-  Bench(const Options& o, const AttendInput& input) : o_(o), input_(input) {
+  Bench(const BenchOptions& o, const AttendInput& input) : o_(o), input_(input) {
     const Shape &q = input_.q.shape, &k = input_.k.shape;
     if (q.size() != 4 || k.size() != 4) check({"dense", {}}, input_);  // says what is wrong with them
     if (!o.against.empty()) torch_.emplace(input_);
@@ -200,7 +192,7 @@ class Bench {
     return error ? fmt::format("{:.1e}", *error) : "-";
   }
 
-  const Options& o_;
+  const BenchOptions& o_;
   const AttendInput& input_;
   Peaks peaks_;
   Machine machine_;
@@ -210,12 +202,12 @@ class Bench {
   std::map<bool, double> dense_s_;  // by causality
 };
 
-void bench_attend(Options o) {
+void bench_attend(BenchOptions& o) {
   if (o.mechanisms.empty())
     o.mechanisms = {"dense", "streaming:sink=64,window=512", "moba:block=128,top_k=8", "power:block=128"};
-  Bench bench(o, o.tensors.fill());
+  Bench bench(o, o.fill());
   for (DType dtype : {DType::f32, DType::bf16})
-    if (o.dtype == "both" || o.dtype == name_of(dtype)) bench.run(dtype);
+    if (o.wants(dtype)) bench.run(dtype);
   bench.conclude();
   write_json(o.json, bench.json());
 }
@@ -225,19 +217,8 @@ void bench_attend(Options o) {
 void add_bench_attend(CLI::App& bench, Job& job) {
   CLI::App* command =
       bench.add_subcommand("attend", "Attention on tensors: time, share of the peak, error against f64");
-  const auto o = std::make_shared<Options>();
-  command
-      ->add_option("--mechanism", o->mechanisms, "NAME[:p=v,…], may be given several times; dense first gives ratios")
-      ->take_all();
-  o->tensors.add(*command);
-  command->add_option("--dtype", o->dtype, "f32, bf16 or both")
-      ->check(one_of({"f32", "bf16", "both"}))
-      ->capture_default_str();
-  command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
-  command->add_flag("--full", o->full, "Not causal, where a mechanism leaves the choice");
-  add_against(*command, o->against, {"torch"});
-  command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
-      ->type_name("F");
+  const auto o = std::make_shared<BenchOptions>();
+  o->add(*command, "both", 5);
   command->callback([&job, o] { job = [o] { bench_attend(*o); }; });
 }
 

@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "cli/bench.h"
-#include "cli/bench_tensors.h"
+#include "cli/bench_options.h"
 #include "cli/torch_attend.h"
 #include "heed/base/threads.h"
 #include "heed/kernel/kernels.h"
@@ -16,14 +16,6 @@
 
 namespace heed::cli {
 namespace {
-
-struct Options {
-  std::vector<std::string> mechanisms, against;
-  std::string dtype = "f32", json;
-  BenchTensors tensors;
-  int repeat = 3;
-  bool full = false;
-};
 
 // Forward and forward + backward, each from tensors to tensors: checks, packing and planning are in both, twice in the
 // second, as whoever calls attend() and attend_backward() one after the other pays them.
@@ -54,13 +46,13 @@ Timing time_of(const MechanismCall& call, const AttendInput& in, const TensorVie
   return t;
 }
 
-void bench_backward(Options o) {
+void bench_backward(BenchOptions& o) {
   if (o.mechanisms.empty()) o.mechanisms = {"dense", "streaming:sink=64,window=512", "moba:block=128,top_k=8"};
-  AttendInput in = o.tensors.fill();
+  AttendInput in = o.fill();
   const Shape q = in.q.shape, k = in.k.shape;
   if (q.size() != 4 || k.size() != 4) check({"dense", {}}, in);  // says what is wrong with them
   const Shape shape{q[0], q[1], q[2], in.v.shape[3]};
-  const std::vector<float> values = o.tensors.more(elements(shape));
+  const std::vector<float> values = o.more(elements(shape));
   const TensorView dout{values.data(), DType::f32, shape};
   std::optional<TorchAttend> torch;
   if (!o.against.empty()) torch.emplace(in);
@@ -81,7 +73,7 @@ void bench_backward(Options o) {
                kernels().name, threads(), to_string(q), to_string(k), peak.f32 * 1e-9, peak.bf16 * 1e-9, "", "",
                "forward s", "+ backward s", "ratio", "% of f32", "density", "vs dense");
   for (const DType dtype : {DType::f32, DType::bf16}) {
-    if (o.dtype != "both" && o.dtype != name_of(dtype)) continue;
+    if (!o.wants(dtype)) continue;
     std::optional<double> dense_s, torch_dense_s;
     for (const std::string& text : o.mechanisms) {
       const MechanismCall call = MechanismCall::parse(text);
@@ -125,19 +117,8 @@ void bench_backward(Options o) {
 
 void add_bench_backward(CLI::App& bench, Job& job) {
   CLI::App* command = bench.add_subcommand("backward", "Attention and its gradient on tensors, as a training step");
-  const auto o = std::make_shared<Options>();
-  command
-      ->add_option("--mechanism", o->mechanisms, "NAME[:p=v,…], may be given several times; dense first gives ratios")
-      ->take_all();
-  o->tensors.add(*command);
-  command->add_option("--dtype", o->dtype, "f32, bf16 or both")
-      ->check(one_of({"f32", "bf16", "both"}))
-      ->capture_default_str();
-  command->add_option("--repeat", o->repeat, "Timed runs")->check(whole_number(1, 1000))->capture_default_str();
-  command->add_flag("--full", o->full, "Not causal, where a mechanism leaves the choice");
-  add_against(*command, o->against, {"torch"});
-  command->add_option("--json", o->json, "Write the figures as JSON to this file (- for standard output)")
-      ->type_name("F");
+  const auto o = std::make_shared<BenchOptions>();
+  o->add(*command, "f32", 3);
   command->callback([&job, o] { job = [o] { bench_backward(*o); }; });
 }
 
