@@ -24,7 +24,7 @@ int main(int argc, char** argv) {
                     add_explain(app, job);
                     add_attend(app, job);
                     add_plan(app, job);
-                    add_calibrate(app, job);
+                    add_calibrate(app, job, argv);
                     add_train(app, job, argv);
                     add_lab(app, job, argv);
                     add_tokenize(app, job);

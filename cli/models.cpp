@@ -80,16 +80,43 @@ OpenedModel::OpenedModel(const ModelOptions& options)
   tokenizer_ = model::Tokenizer::make(model::Vocabulary::from(file_));
 }
 
-std::vector<model::Token> OpenedModel::read(const std::string& text) const {
-  const std::string name = options_.file == "-" ? "standard input" : options_.file;
+std::vector<model::Token> OpenedModel::ids_from(const std::string& text, Index skip) const {
   std::vector<model::Token> ids = tokenizer_->encode(text, false);
+  const Index held = static_cast<Index>(ids.size());
+  if (skip > 0 && skip >= held) fail("{}: holds {} tokens, expected more than --skip = {}", text_name(), held, skip);
+  ids.erase(ids.begin(), ids.begin() + skip);
+  return ids;
+}
+
+std::vector<model::Token> OpenedModel::read(const std::string& text, Index skip) const {
+  std::vector<model::Token> ids = ids_from(text, skip);
   if (const auto bos = tokenizer_->bos()) ids.insert(ids.begin(), *bos);
   const Index held = static_cast<Index>(ids.size());
-  if (options_.tokens > held) fail("{}: holds {} tokens, expected at least --tokens = {}", name, held, options_.tokens);
+  if (options_.tokens > held)
+    fail("{}: holds {} tokens{}, expected at least --tokens = {}", text_name(), held,
+         skip > 0 ? fmt::format(" after {}", skip) : "", options_.tokens);
   if (options_.tokens > 0) ids.resize(static_cast<size_t>(options_.tokens));
   else if (held > context_)
-    fail("{}: holds {} tokens, expected at most the context, {}; --tokens N reads the first N", name, held, context_);
+    fail("{}: holds {} tokens, expected at most the context, {}; --tokens N reads the first N", text_name(), held,
+         context_);
   return ids;
+}
+
+std::vector<std::vector<model::Token>> OpenedModel::pieces(const std::string& text, Index skip, Index count,
+                                                           Index length) const {
+  const std::vector<model::Token> ids = ids_from(text, skip);
+  const auto bos = tokenizer_->bos();
+  const Index held = static_cast<Index>(ids.size()), own = length - (bos ? 1 : 0);
+  if (own < 1 || held / count < own)
+    fail("{}: holds {} tokens{}, expected at least {}: {} pieces of {}", text_name(), held,
+         skip > 0 ? fmt::format(" after {}", skip) : "", count * own, count, length);
+  std::vector<std::vector<model::Token>> list;
+  for (Index i = 0; i < count; ++i) {
+    const auto first = ids.begin() + (count == 1 ? 0 : i * (held - own) / (count - 1));
+    std::vector<model::Token>& piece = list.emplace_back(first, first + own);
+    if (bos) piece.insert(piece.begin(), *bos);
+  }
+  return list;
 }
 
 std::unique_ptr<model::Model> OpenedModel::load(Index tokens, Index more) const {

@@ -34,15 +34,21 @@ class OpenedModel {
   /// --ctx, or the model's; at most that.
   Index context() const { return context_; }
 
-  /// BOS where the model adds one, then the text's ids: the first --tokens of them, or all. Throws
-  /// Error when there are fewer, or more than the context.
-  std::vector<model::Token> read(const std::string& text) const;
+  /// BOS where the model adds one, then the text's ids from number `skip` on: the first --tokens of them, or all.
+  /// Throws Error when there are fewer, or more than the context.
+  std::vector<model::Token> read(const std::string& text, Index skip = 0) const;
+  /// `count` pieces of `length` tokens, each beginning with the BOS where the model adds one, spread evenly over the
+  /// text's ids from number `skip` on; they share no token. Throws Error when there are too few.
+  std::vector<std::vector<model::Token>> pieces(const std::string& text, Index skip, Index count, Index length) const;
 
   /// Throws Error, before anything large is allocated, when weights, the KV cache of `tokens` tokens
   /// and `more` bytes exceed the memory available.
   std::unique_ptr<model::Model> load(Index tokens, Index more) const;
 
  private:
+  std::vector<model::Token> ids_from(const std::string& text, Index skip) const;
+  std::string text_name() const { return options_.file == "-" ? "standard input" : options_.file; }
+
   const ModelOptions& options_;
   model::Gguf file_;
   model::ModelInfo info_;

@@ -5,6 +5,7 @@
 
 namespace heed::cli {
 
+void add_calibrate(CLI::App& app, Job& job);
 void add_train(CLI::App& app, Job& job);
 void add_lab(CLI::App& app, Job& job);
 

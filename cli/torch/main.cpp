@@ -1,4 +1,4 @@
-// The commands that need libtorch; heed becomes this program for them (cli/train.cpp).
+// The commands that need libtorch; heed becomes this program for them (cli/become.h).
 
 #include "cli/torch/commands.h"
 
@@ -8,6 +8,7 @@ int main(int argc, char** argv) {
               .examples = "",
               .add =
                   [](CLI::App& app, Job& job) {
+                    add_calibrate(app, job);
                     add_train(app, job);
                     add_lab(app, job);
                   }},

@@ -161,11 +161,12 @@ CheckedCall check(const MechanismCall& call, const AttendInput& in) {
 Plan plan_of(const MechanismCall& call, const AttendInput& in) { return check(call, in).plan(); }
 
 void check_calibrates(const Mechanism& m) {
+  if (m.calibrate != nullptr) return;
+  if (m.fitted) fail_usage("{} learns from the gradients of a model, expected a GGUF file and a text", m.name);
   std::vector<std::string> able;
   for (const Mechanism* other : mechanisms())
-    if (other->calibrate != nullptr) able.push_back(other->name);
-  if (m.calibrate == nullptr)
-    fail_usage("{} learns nothing from a text, expected one of {}", m.name, fmt::join(able, ", "));
+    if (other->calibrate != nullptr || other->fitted) able.push_back(other->name);
+  fail_usage("{} learns nothing from a text, expected one of {}", m.name, fmt::join(able, ", "));
 }
 
 NamedTensors calibrate(const MechanismCall& call, const AttendInput& in) {

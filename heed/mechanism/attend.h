@@ -49,7 +49,7 @@ Plan plan_of(const MechanismCall& call, const AttendInput& in);
 /// What a mechanism learns from these tensors: Mechanism::calibrate with its input checked. Throws UsageError for a
 /// mechanism that learns nothing this way, else as attend().
 NamedTensors calibrate(const MechanismCall& call, const AttendInput& in);
-/// UsageError for a mechanism that learns nothing from a text, listing those that do.
+/// UsageError for a mechanism without Mechanism::calibrate: one that learns nothing from a text, or only by gradients.
 void check_calibrates(const Mechanism& m);
 
 /// Throws Error for an extra tensor that the mechanism does not read, of another type or shape than it says, or

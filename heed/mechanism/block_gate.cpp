@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 
 #include "heed/base/threads.h"
 #include "heed/kernel/kernels.h"
@@ -47,28 +46,57 @@ void BlockGate::check(const Inputs& in, double rope_base) {
     fail_usage("seer-attention: rope_base = {}, expected 0 where the gate's width {} is odd", rope_base, width);
 }
 
-BlockGate::BlockGate(const Inputs& in, Index block, double rope_base)
-    : problem_(in.problem), q_(in.q), block_(block), width_(in.problem.D), rope_base_(rope_base) {
-  check(in, rope_base);
+GateView::GateView(const Inputs& in, Index block) : kv_(in.kv), q_(in.q), tokens_(in.problem.N), block_(block) {
   if (const TensorView* gate_q = in.find("gate_q")) q_ = Queries(*gate_q, in.q.arithmetic());
+  // Keys before RoPE are packed like keys for as long as they are pooled; values they have none.
+  if (const TensorView* gate_k = in.find("gate_k")) {
+    own_.emplace(in.problem.B * in.problem.Hk, in.problem.D, 1, tokens_, in.q.arithmetic());
+    TensorView one_feature = *gate_k;
+    one_feature.shape[3] = 1;
+    own_->append(*gate_k, one_feature);
+  }
+}
+
+void GateView::keys(Index head, Index first, Index count, float* out) const {
+  const KeyValues& kv = own_ ? *own_ : *kv_;
+  const Index d = kv.layout().d;
+  for (Index i = 0; i < count; ++i) {
+    const Index begin = (first + i) * block_, end = std::min(begin + block_, tokens_);
+    float *most = out + i * 3 * d, *least = most + d, *mean = least + d;
+    std::fill_n(most, d, -std::numeric_limits<float>::infinity());
+    std::fill_n(least, d, std::numeric_limits<float>::infinity());
+    std::fill_n(mean, d, 0.0f);
+    kv.bound_keys(head, begin, end, most, least);
+    kv.sum_keys(head, begin, end, mean);
+    for (Index f = 0; f < d; ++f) mean[f] /= static_cast<float>(end - begin);
+  }
+}
+
+void mean_query(const Queries& q, Index d, const RowBlock& rows, float* out, Scratch& scratch) {
+  const Scratch::Mark mark(scratch);
+  const auto one = scratch.take<float>(d);
+  std::fill_n(out, d, 0.0f);
+  for (Index i = 0; i < rows.rows; ++i) {
+    q.read(rows.b, rows.head, rows.token(i), one.data());
+    for (Index f = 0; f < d; ++f) out[f] += one[static_cast<size_t>(f)];
+  }
+  for (Index f = 0; f < d; ++f) out[f] /= static_cast<float>(rows.rows);
+}
+
+BlockGate::BlockGate(const Inputs& in, Index block, double rope_base)
+    : problem_(in.problem), block_(block), width_(in.problem.D), rope_base_(rope_base) {
+  check(in, rope_base);
+  const GateView view(in, block);
+  q_ = view.queries();
   if (const TensorView* wq = in.find("wq")) {
     width_ = wq->shape[2];
     for (Index head = 0; head < problem_.Hq; ++head) wq_.push_back(matrix_panels(*wq, head));
   }
-  // Keys before RoPE are packed like keys for as long as they are pooled; values they have none.
-  std::optional<KeyValues> own;
-  if (const TensorView* gate_k = in.find("gate_k")) {
-    own.emplace(problem_.B * problem_.Hk, problem_.D, 1, problem_.N, in.q.arithmetic());
-    TensorView one_feature = *gate_k;
-    one_feature.shape[3] = 1;
-    own->append(*gate_k, one_feature);
-  }
   gate_keys_.resize(static_cast<size_t>(problem_.B * key_heads()));
-  parallel_for(problem_.B * key_heads(),
-               [&](Index unit, int) { project_keys(own ? *own : *in.kv, *in.find("wk"), unit); });
+  parallel_for(problem_.B * key_heads(), [&](Index unit, int) { project_keys(view, *in.find("wk"), unit); });
 }
 
-void BlockGate::project_keys(const KeyValues& keys, const TensorView& wk, Index unit) {
+void BlockGate::project_keys(const GateView& view, const TensorView& wk, Index unit) {
   const Index d = problem_.D, g = width_, n = ceil_div(problem_.N, block_), padded = round_up(g, panel_columns);
   const Index head = unit % key_heads(), key_head = unit / (key_heads() / problem_.Hk);
   const std::vector<float> w = matrix_panels(wk, head);
@@ -80,17 +108,7 @@ void BlockGate::project_keys(const KeyValues& keys, const TensorView& wk, Index 
   float* projected = scratch.take<float>(panel_columns * padded).data();
   for (Index first = 0; first < n; first += panel_columns) {
     const Index count = std::min(panel_columns, n - first);
-    for (Index i = 0; i < count; ++i) {
-      // Step 1: [max; min; mean] over the tokens that the block has.
-      const Index begin = (first + i) * block_, end = std::min(begin + block_, problem_.N);
-      float *most = pooled + i * 3 * d, *least = most + d, *mean = least + d;
-      std::fill_n(most, d, -std::numeric_limits<float>::infinity());
-      std::fill_n(least, d, std::numeric_limits<float>::infinity());
-      std::fill_n(mean, d, 0.0f);
-      keys.bound_keys(key_head, begin, end, most, least);
-      keys.sum_keys(key_head, begin, end, mean);
-      for (Index f = 0; f < d; ++f) mean[f] /= static_cast<float>(end - begin);
-    }
+    view.keys(key_head, first, count, pooled);  // step 1
     // Steps 2 and 3. A block stands where its first token stands.
     kernels().gemm_f32(count, g, 3 * d, pooled, 3 * d, w.data(), projected, padded, false);
     if (rope_base_ > 0)
@@ -102,17 +120,12 @@ void BlockGate::project_keys(const KeyValues& keys, const TensorView& wk, Index 
 void BlockGate::score(const RowBlock& rows, float* logits, Scratch& scratch) const {
   const Scratch::Mark mark(scratch);
   const Index a = rows.first / block_, d = problem_.D, g = width_;
-  const auto mean = scratch.take<float>(d), one = scratch.take<float>(d);
-  std::fill(mean.begin(), mean.end(), 0.0f);
-  for (Index i = 0; i < rows.rows; ++i) {
-    q_.read(rows.b, rows.head, rows.token(i), one.data());
-    for (size_t f = 0; f < one.size(); ++f) mean[f] += one[f];
-  }
-  for (float& x : mean) x /= static_cast<float>(rows.rows);
-  float* qg = mean.data();
+  float* qg = scratch.take<float>(d).data();
+  mean_query(q_, d, rows, qg, scratch);
   if (!wq_.empty()) {
+    const float* mean = qg;
     qg = scratch.take<float>(round_up(g, panel_columns)).data();
-    kernels().gemm_f32(1, g, d, mean.data(), d, wq_[static_cast<size_t>(rows.head)].data(), qg, g, false);
+    kernels().gemm_f32(1, g, d, mean, d, wq_[static_cast<size_t>(rows.head)].data(), qg, g, false);
   }
   if (rope_base_ > 0) turn(qg, g, a * block_, rope_base_);
   // Step 4, without its softmax.

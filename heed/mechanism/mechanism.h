@@ -124,6 +124,8 @@ struct Mechanism {
   /// What it learns from one layer's queries, keys and values over a calibration text (M = N): tensors to be given
   /// back as extra tensors, and others for the record. null: there is nothing to learn.
   NamedTensors (*calibrate)(const Params& params, const Inputs& in) = nullptr;
+  /// Whether what it learns from a model is fitted by gradients, which heed/nn does.
+  bool fitted = false;
   /// Parameters that the tensors of all layers decide together, or null.
   ParamTexts (*settle)(const Params& params, const std::vector<NamedTensors>& layers) = nullptr;
 };

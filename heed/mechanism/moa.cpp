@@ -117,6 +117,7 @@ const Mechanism& moa() {
       .not_on_models = "",
       .plan = plan_moa,
       .plan_gradient = always,
+      .fitted = true,
   };
   return m;
 }

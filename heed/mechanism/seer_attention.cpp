@@ -81,12 +81,15 @@ Plan plan_seer_attention(const Params& p, const Inputs& in) {
   return plan;
 }
 
-// What a gate is to learn: `targets` f32 [B·Hq, n, n], the block maxima of the model's own attention, rows summing to
-// one over the blocks they see.
+// What a gate is to learn, and from what. `targets` f32 [B·Hq, n, n]: the block maxima of the model's own attention,
+// rows summing to one over the blocks they see. `q_means` f32 [B·Hq, n, D] and `key_pools` f32 [B·Hk, n, 3D]: what the
+// gate projects.
 NamedTensors calibrate_seer_attention(const Params& p, const Inputs& in) {
   const Problem& problem = in.problem;
-  const Index block = p.integer("block"), n = ceil_div(problem.N, block), heads = problem.B * problem.Hq;
-  Tensor targets(DType::f32, {heads, n, n});
+  const Index block = p.integer("block"), n = ceil_div(problem.N, block), heads = problem.B * problem.Hq, d = problem.D;
+  const GateView view(in, block);
+  Tensor targets(DType::f32, {heads, n, n}), q_means(DType::f32, {heads, n, d}),
+      key_pools(DType::f32, {problem.B * problem.Hk, n, 3 * d});
   parallel_for(heads * n, [&](Index unit, int) {
     const Index head = unit % heads, a = n - 1 - unit / heads;  // the longest rows go first
     const RowBlock rows{.b = head / problem.Hq,
@@ -100,9 +103,14 @@ NamedTensors calibrate_seer_attention(const Params& p, const Inputs& in) {
     block_targets({ScoreKeys::of(*in.kv, rows.b * problem.Hk + rows.kv_head), in.rule.scale, block}, in.q, rows, row,
                   scratch);
     std::copy_n(row, a + 1, targets.as<float>() + (head * n + a) * n);
+    mean_query(view.queries(), d, rows, q_means.as<float>() + (head * n + a) * d, scratch);
   });
+  parallel_for(problem.B * problem.Hk,
+               [&](Index head, int) { view.keys(head, 0, n, key_pools.as<float>() + head * n * 3 * d); });
   NamedTensors tensors;
   tensors.emplace("targets", std::move(targets));
+  tensors.emplace("q_means", std::move(q_means));
+  tensors.emplace("key_pools", std::move(key_pools));
   return tensors;
 }
 
@@ -150,6 +158,7 @@ const Mechanism& seer_attention() {
       .plan = plan_seer_attention,
       .plan_gradient = always,
       .calibrate = calibrate_seer_attention,
+      .fitted = true,
   };
   return m;
 }

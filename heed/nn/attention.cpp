@@ -82,7 +82,9 @@ at::Tensor Attention::forward(const at::Tensor& x, at::ScalarType arithmetic) {
   how.mechanism = call_, how.causal = true, how.extra = extras_;
   if (gate_.defined()) how.extra["gate"] = split(gate_, options_.headwise_gate ? 1 : d);
   if (centroids_) how.extra["mu"] = centroids_->now(), auxiliary_ = centroids_->follow(q, k);
-  const at::Tensor o = aten::attend(q, k, split(v_, d), how).o;
+  const at::Tensor v = split(v_, d);
+  const auto [o, lse] = aten::attend(q, k, v, how);
+  if (observer_) observer_({q, k, v, o, lse});
   return product(o.transpose(1, 2).reshape({b, n, options_.heads * d}), output_, arithmetic);
 }
 

@@ -3,6 +3,7 @@
 
 #include <torch/nn/module.h>
 
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -31,6 +32,13 @@ struct LearnedPart {
   std::vector<Index> shape;
   double deviation;  // of the normal numbers that it begins with; 0: zeros
 };
+/// What one layer's attention read and gave: q [B, heads, N, D], k and v [B, kv_heads, N, D], o [B, heads, N, D] f32,
+/// lse [B, heads, N] f32.
+struct AttentionPass {
+  at::Tensor q, k, v, o, lse;
+};
+using AttentionObserver = std::function<void(const AttentionPass&)>;
+
 /// What a mechanism learns in such a layer. What is a constant for a loss on o (a distilled gate, centroids that follow
 /// tokens) is registered, and gets no gradient.
 std::vector<LearnedPart> learned_parts(const AttentionOptions& options);
@@ -54,6 +62,10 @@ class Attention : public torch::nn::Module {
   /// What the mechanism adds to a model's loss after forward() (routing-transformer's commitment), or undefined.
   const at::Tensor& auxiliary() const { return auxiliary_; }
 
+  /// Called in forward() while set. Tensors are those of the graph: what is asked of o (to retain its gradient, to
+  /// require one) holds for the rest of the pass.
+  void observe(AttentionObserver observer) { observer_ = std::move(observer); }
+
   const AttentionOptions& options() const { return options_; }
   const std::vector<LearnedPart>& learned() const { return learned_; }
 
@@ -67,6 +79,7 @@ class Attention : public torch::nn::Module {
   at::Tensor gate_;
   std::optional<Centroids> centroids_;
   at::Tensor auxiliary_;
+  AttentionObserver observer_;
 };
 
 }  // namespace heed::nn

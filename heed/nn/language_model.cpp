@@ -136,9 +136,11 @@ at::Tensor LanguageModel::auxiliary() const {
   return sum;
 }
 
-at::Tensor LanguageModel::logits(const at::Tensor& tokens) {
-  return product(hidden(tokens), output_.defined() ? output_ : embedding_, arithmetic_).to(at::kFloat);
+at::Tensor LanguageModel::output(const at::Tensor& hidden) const {
+  return product(hidden, output_.defined() ? output_ : embedding_, arithmetic_).to(at::kFloat);
 }
+
+at::Tensor LanguageModel::logits(const at::Tensor& tokens) { return output(hidden(tokens)); }
 
 at::Tensor LanguageModel::losses(const at::Tensor& tokens, const at::Tensor& targets) {
   return at::cross_entropy_loss(logits(tokens).flatten(0, 1), targets.flatten(), {}, at::Reduction::None)

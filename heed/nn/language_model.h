@@ -34,6 +34,7 @@ class Layer : public torch::nn::Module {
   Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, const LayerOptions& options);
   at::Tensor forward(at::Tensor x, at::ScalarType arithmetic) const;
   const Attention& attention() const { return *attention_; }
+  Attention& attention() { return *attention_; }
 
  private:
   double eps_;
@@ -58,6 +59,8 @@ class LanguageModel : public torch::nn::Module {
 
   /// tokens [B, N] i64 → residual stream after the last norm, [B, N, width] f32.
   at::Tensor hidden(const at::Tensor& tokens);
+  /// Logits of such rows: [..., width] → [..., vocabulary] f32.
+  at::Tensor output(const at::Tensor& hidden) const;
   /// → [B, N, vocabulary] f32.
   at::Tensor logits(const at::Tensor& tokens);
   /// -ln p(targets | tokens up to there), [B, N] f32.
@@ -71,6 +74,7 @@ class LanguageModel : public torch::nn::Module {
   const model::ModelInfo& info() const { return info_; }
   const std::vector<MechanismCall>& mixers() const { return mixers_; }
   const Layer& layer(Index i) const { return *layers_[static_cast<size_t>(i)]; }
+  Layer& layer(Index i) { return *layers_[static_cast<size_t>(i)]; }
 
  private:
   model::ModelInfo info_;

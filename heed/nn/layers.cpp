@@ -29,7 +29,7 @@ at::Tensor Rotary::turn(const at::Tensor& x) {
   if (!table_.defined() || table_.size(0) < n) {
     const Index positions = std::max<Index>(n, 512);
     const at::Tensor step = at::pow(base_, at::arange(half_, at::kDouble) * (-1.0 / static_cast<double>(half_)));
-    const at::Tensor angle = at::outer(at::arange(positions, at::kDouble), step);
+    const at::Tensor angle = at::outer(at::arange(positions, at::kDouble) * static_cast<double>(spacing_), step);
     table_ = at::polar(at::ones_like(angle), angle).to(at::kComplexFloat);
   }
   // A pair is a complex number, and turning it a product.
