@@ -2,9 +2,11 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "heed/nn/config.h"
+#include "heed/nn/predictor.h"
 #include "heed/torch/attend.h"
 
 namespace heed::nn {
@@ -31,13 +33,28 @@ std::vector<LearnedPart> learned_parts(const AttentionOptions& o) {
             {"mu_sum", {c.kv_heads, c.clusters, c.head_size}, 0},
             {"mu_count", {c.kv_heads, c.clusters}, 0}};
   }
+  if (name == "biformer" && o.lepe > 0) {
+    const Index channels = o.kv_heads * o.head_size;
+    return {{"lepe_w", {channels, o.lepe, o.lepe}, 1 / static_cast<double>(o.lepe)}, {"lepe_b", {channels}, 0}};
+  }
+  if (name == "sparsifiner") {
+    if (o.tokens < 6) fail_usage("sparsifiner: {} tokens, expected at least 6, as its weights are theirs", o.tokens);
+    const Index d = o.head_size, c = std::max<Index>(1, d / 2), r = o.tokens / 6;
+    const double inward = 1 / std::sqrt(static_cast<double>(d));
+    return {{"p_q", {c, d}, inward},
+            {"p_q_b", {c}, 0},
+            {"p_k", {c, d}, inward},
+            {"p_k_b", {c}, 0},
+            {"w_dn", {o.tokens, r}, 1 / std::sqrt(static_cast<double>(o.tokens))},
+            {"w_up", {o.tokens, r}, 0.02}};
+  }
   return {};
 }
 
 Attention::Attention(const AttentionOptions& options)
     : options_(options), call_(options.mechanism.text()),
       rotary_(options.head_size, options.rope_base, options.rope_pairs) {
-  check_trains(options.mechanism);
+  check_trains(options.mechanism, options.causal);
   learned_ = learned_parts(options);
   const Index d = options.head_size, q_width = options.heads * d, kv_width = options.kv_heads * d;
   const auto add = [&](const char* name, std::vector<Index> shape, bool gradient = true) {
@@ -68,6 +85,12 @@ void Attention::initialise_learned(Random& random) const {
   if (centroids_) centroids_->initialise();
 }
 
+void Attention::imitate(bool on) {
+  if (options_.mechanism.name != "sparsifiner")
+    fail_usage("{}: it has no predictor to train, expected sparsifiner", options_.mechanism.name);
+  imitating_ = on, auxiliary_ = at::Tensor();
+}
+
 at::Tensor Attention::forward(const at::Tensor& x, at::ScalarType arithmetic) {
   const Index b = x.size(0), n = x.size(1), d = options_.head_size;
   const auto split = [&](const at::Tensor& w, Index each) {
@@ -75,11 +98,14 @@ at::Tensor Attention::forward(const at::Tensor& x, at::ScalarType arithmetic) {
   };
   const auto placed = [&](const at::Tensor& w, const at::Tensor& gain) {
     const at::Tensor wide = split(w, d).to(at::kFloat);
-    return rotary_.turn(gain.defined() ? rms_norm(wide, gain, options_.rms_eps) : wide).to(arithmetic);
+    const at::Tensor normed = gain.defined() ? rms_norm(wide, gain, options_.rms_eps) : wide;
+    return (options_.rope_base > 0 ? rotary_.turn(normed) : normed).to(arithmetic);
   };
   const at::Tensor q = placed(q_, q_norm_), k = placed(k_, k_norm_);
   aten::AttendOptions how;
-  how.mechanism = call_, how.causal = true, how.extra = extras_;
+  how.causal = options_.causal;
+  if (imitating_) auxiliary_ = imitation_loss(q, k, predictor_of(options_.mechanism, extras_));
+  else how.mechanism = call_, how.extra = extras_;
   if (gate_.defined()) how.extra["gate"] = split(gate_, options_.headwise_gate ? 1 : d);
   if (centroids_) how.extra["mu"] = centroids_->now(), auxiliary_ = centroids_->follow(q, k);
   const at::Tensor v = split(v_, d);

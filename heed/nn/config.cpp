@@ -105,9 +105,11 @@ bool made_here(const std::string& mechanism) {
 
 }  // namespace
 
-void check_trains(const MechanismCall& call) {
+void check_trains(const MechanismCall& call, bool causal) {
   const Mechanism& m = find_mechanism(call.name);
-  if (m.causality == Causality::refused || (!m.not_on_models.empty() && !made_here(m.name)))
+  if (!causal && m.causality == Causality::implied)
+    fail_usage("mechanism = {}: it is causal, expected one whose tokens see each other both ways", m.name);
+  if (causal && (m.causality == Causality::refused || (!m.not_on_models.empty() && !made_here(m.name))))
     fail_usage("mechanism = {}: {}, expected one that a causal language model can be trained with", m.name,
                m.not_on_models.empty() ? std::string("it is not causal") : m.not_on_models);
   if (m.plan_gradient == nullptr)

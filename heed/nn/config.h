@@ -34,9 +34,9 @@ void set(ParamTexts& settings, const std::string& name, const std::string& value
 /// The mechanism of every layer. A layer with the model's own sliding window has that as a `streaming` without sinks.
 /// Throws UsageError for layers that parse_layers() refuses and for what check_trains() refuses.
 std::vector<MechanismCall> mixers_of(const std::vector<std::string>& texts, const model::ModelInfo& info);
-/// Throws UsageError for a mechanism that a causal language model cannot be trained with, saying why, and for unknown
-/// or misspelt parameters.
-void check_trains(const MechanismCall& call);
+/// Throws UsageError for a mechanism that a causal language model (or, not causal, a model of images) cannot be trained
+/// with, saying why, and for unknown or misspelt parameters.
+void check_trains(const MechanismCall& call, bool causal = true);
 
 /// Why `heed run` could not compute what a model with these layers computes, or "": a GGUF file has no place for what
 /// makes them.

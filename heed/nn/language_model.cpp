@@ -17,12 +17,12 @@
 
 namespace heed::nn {
 
-FeedForward::FeedForward(const model::ModelInfo& info) : gelu_(info.architecture == "gemma3") {
+FeedForward::FeedForward(Index width, Index ffn, bool gelu) : gelu_(gelu) {
   const auto add = [&](const char* name, Index outputs, Index inputs) {
     return register_parameter(name, at::empty({outputs, inputs}, at::kFloat));
   };
-  gate_ = add("gate", info.ffn, info.width), up_ = add("up", info.ffn, info.width);
-  down_ = add("down", info.width, info.ffn);
+  gate_ = add("gate", ffn, width), up_ = add("up", ffn, width);
+  down_ = add("down", width, ffn);
 }
 
 at::Tensor FeedForward::forward(const at::Tensor& x, at::ScalarType arithmetic) const {
@@ -30,23 +30,12 @@ at::Tensor FeedForward::forward(const at::Tensor& x, at::ScalarType arithmetic) 
   return product((gelu_ ? at::gelu(gate, "tanh") : at::silu(gate)) * up, down_, arithmetic);
 }
 
-Layer::Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, const LayerOptions& options)
-    : eps_(info.rms_eps) {
-  const bool gemma = info.architecture == "gemma3", local = info.local[static_cast<size_t>(layer)];
-  attention_ = register_module("attn", std::make_shared<Attention>(AttentionOptions{
-                                           .width = info.width,
-                                           .heads = info.heads,
-                                           .kv_heads = info.kv_heads,
-                                           .head_size = info.head_size,
-                                           .mechanism = mechanism,
-                                           .rope_base = local ? info.rope_base_local : info.rope_base,
-                                           .rope_pairs = gemma ? model::RopePairs::halves : model::RopePairs::adjacent,
-                                           .head_norms = gemma,
-                                           .rms_eps = info.rms_eps,
-                                           .key_conv = options.key_conv,
-                                           .headwise_gate = options.headwise_gate}));
-  feed_forward_ = register_module("ffn", std::make_shared<FeedForward>(info));
-  const auto gain = [&](const char* name) { return register_parameter(name, at::empty({info.width}, at::kFloat)); };
+Layer::Layer(const AttentionOptions& attention, Index ffn, bool gemma) : eps_(attention.rms_eps) {
+  attention_ = register_module("attn", std::make_shared<Attention>(attention));
+  feed_forward_ = register_module("ffn", std::make_shared<FeedForward>(attention.width, ffn, gemma));
+  const auto gain = [&](const char* name) {
+    return register_parameter(name, at::empty({attention.width}, at::kFloat));
+  };
   attn_norm_ = gain("attn_norm"), ffn_norm_ = gain("ffn_norm");
   if (gemma) post_attention_norm_ = gain("post_attention_norm"), post_ffw_norm_ = gain("post_ffw_norm");
 }
@@ -60,6 +49,22 @@ at::Tensor Layer::forward(at::Tensor x, at::ScalarType arithmetic) const {
 }
 
 namespace {
+
+AttentionOptions attention_of(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism,
+                              const LayerOptions& options) {
+  const bool gemma = info.architecture == "gemma3", local = info.local[static_cast<size_t>(layer)];
+  return {.width = info.width,
+          .heads = info.heads,
+          .kv_heads = info.kv_heads,
+          .head_size = info.head_size,
+          .mechanism = mechanism,
+          .rope_base = local ? info.rope_base_local : info.rope_base,
+          .rope_pairs = gemma ? model::RopePairs::halves : model::RopePairs::adjacent,
+          .head_norms = gemma,
+          .rms_eps = info.rms_eps,
+          .key_conv = options.key_conv,
+          .headwise_gate = options.headwise_gate};
+}
 
 // The tokens between landmarks that layers agree on, or 0.
 Index landmark_block(const std::vector<MechanismCall>& mixers) {
@@ -85,7 +90,8 @@ LanguageModel::LanguageModel(const model::ModelInfo& info, const std::vector<Mec
   const auto blocks = register_module("blk", std::make_shared<torch::nn::Module>());
   for (Index i = 0; i < info.layers; ++i) {
     const MechanismCall& mixer = mixers[static_cast<size_t>(i)];
-    layers_.push_back(std::make_shared<Layer>(info, i, mixer, options));
+    layers_.push_back(
+        std::make_shared<Layer>(attention_of(info, i, mixer, options), info.ffn, info.architecture == "gemma3"));
     blocks->register_module(fmt::format("{}", i), layers_.back());
   }
   output_norm_ = register_parameter("output_norm", at::empty({info.width}, at::kFloat));
@@ -94,12 +100,10 @@ LanguageModel::LanguageModel(const model::ModelInfo& info, const std::vector<Mec
   if (landmark_block_ > 0) landmark_ = register_parameter("landmark", at::empty({info.width}, at::kFloat));
 }
 
-void LanguageModel::initialise(std::uint64_t seed) {
-  const c10::NoGradGuard frozen;
-  Random random(seed);
-  const double deviation = 1 / std::sqrt(static_cast<double>(info_.width));
-  const double inward = deviation / std::sqrt(2 * static_cast<double>(info_.layers));
-  for (const auto& item : named_parameters()) {
+void initialise_weights(const torch::nn::Module& model, Index width, Index layers, Random& random) {
+  const double deviation = 1 / std::sqrt(static_cast<double>(width));
+  const double inward = deviation / std::sqrt(2 * static_cast<double>(layers));
+  for (const auto& item : model.named_parameters()) {
     const std::string& name = item.key();
     float* x = item.value().data_ptr<float>();
     const Index count = item.value().numel();
@@ -110,6 +114,20 @@ void LanguageModel::initialise(std::uint64_t seed) {
     else if (name.ends_with("attn.output") || name.ends_with("ffn.down")) normal(inward);
     else normal(deviation);
   }
+}
+
+at::Tensor auxiliary_of(const std::vector<std::shared_ptr<Layer>>& layers) {
+  at::Tensor sum;
+  for (const auto& layer : layers)
+    if (const at::Tensor& part = layer->attention().auxiliary(); part.defined())
+      sum = sum.defined() ? sum + part : part;
+  return sum;
+}
+
+void LanguageModel::initialise(std::uint64_t seed) {
+  const c10::NoGradGuard frozen;
+  Random random(seed);
+  initialise_weights(*this, info_.width, info_.layers, random);
   for (const auto& layer : layers_) layer->attention().initialise_learned(random);
 }
 
@@ -128,13 +146,7 @@ at::Tensor LanguageModel::hidden(const at::Tensor& tokens) {
   return rms_norm(x, output_norm_, info_.rms_eps);
 }
 
-at::Tensor LanguageModel::auxiliary() const {
-  at::Tensor sum;
-  for (const auto& layer : layers_)
-    if (const at::Tensor& part = layer->attention().auxiliary(); part.defined())
-      sum = sum.defined() ? sum + part : part;
-  return sum;
-}
+at::Tensor LanguageModel::auxiliary() const { return auxiliary_of(layers_); }
 
 at::Tensor LanguageModel::output(const at::Tensor& hidden) const {
   return product(hidden, output_.defined() ? output_ : embedding_, arithmetic_).to(at::kFloat);
@@ -147,7 +159,7 @@ at::Tensor LanguageModel::losses(const at::Tensor& tokens, const at::Tensor& tar
       .view(targets.sizes());
 }
 
-NamedParameters parameters_of(const LanguageModel& model) {
+NamedParameters parameters_of(const torch::nn::Module& model) {
   NamedParameters list;
   for (const auto& item : model.named_parameters()) list.emplace_back(item.key(), item.value());
   return list;

@@ -14,7 +14,7 @@ namespace heed::nn {
 /// W_down·(act(W_gate·x) ∘ W_up·x); act is SiLU, or the tanh GELU for gemma3.
 class FeedForward : public torch::nn::Module {
  public:
-  FeedForward(const model::ModelInfo& info);
+  FeedForward(Index width, Index ffn, bool gelu);
   at::Tensor forward(const at::Tensor& x, at::ScalarType arithmetic) const;
 
  private:
@@ -28,10 +28,10 @@ struct LayerOptions {
   bool headwise_gate = false;
 };
 
-/// x += attention(norm(x)); x += feed_forward(norm(x)); gemma3 normalises what it adds, too.
+/// x += attention(norm(x)); x += feed_forward(norm(x)); gemma3 has the GELU and normalises what it adds, too.
 class Layer : public torch::nn::Module {
  public:
-  Layer(const model::ModelInfo& info, Index layer, const MechanismCall& mechanism, const LayerOptions& options);
+  Layer(const AttentionOptions& attention, Index ffn, bool gemma);
   at::Tensor forward(at::Tensor x, at::ScalarType arithmetic) const;
   const Attention& attention() const { return *attention_; }
   Attention& attention() { return *attention_; }
@@ -88,6 +88,12 @@ class LanguageModel : public torch::nn::Module {
 
 using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 /// Every parameter, in a fixed order. They share memory with the model.
-NamedParameters parameters_of(const LanguageModel& model);
+NamedParameters parameters_of(const torch::nn::Module& model);
+
+/// Sets all weights of a model whose residual stream has `width` features, but for what mechanisms learned: as
+/// LanguageModel::initialise() says.
+void initialise_weights(const torch::nn::Module& model, Index width, Index layers, Random& random);
+/// The sum of what layers add to the loss, or undefined.
+at::Tensor auxiliary_of(const std::vector<std::shared_ptr<Layer>>& layers);
 
 }  // namespace heed::nn
