@@ -121,7 +121,7 @@ Fitted fit_spans(const model::Gguf& file, const model::MechanismUse& use, const 
     for (Index i = 0; i < info.layers; ++i)
       if (!info.local[static_cast<size_t>(i)]) layers.push_back(i);
 
-  const RuleGrid grid{.shortest = length / 4, .longest = length, .extended = 2 * length, .alpha_step = length / 8};
+  const RuleGrid grid{.shortest = length / 2, .longest = length, .extended = 2 * length, .alpha_step = length / 8};
   std::vector<SpanRule> rules = candidate_rules(grid);
   std::erase_if(rules, [](const SpanRule& rule) { return rule.alpha < 0; });
   RuleProblem problem{.layers = static_cast<Index>(layers.size()),
@@ -130,15 +130,16 @@ Fitted fit_spans(const model::Gguf& file, const model::MechanismUse& use, const 
                       .least_share = 0};  // see the header
   const Index per_layer = problem.heads * problem.rules;
   problem.loss.assign(static_cast<size_t>(problem.layers * per_layer), 0);
-  for (const Index tokens : {length / 4, length / 2, length, 2 * length}) {
+  for (const Index tokens : {length / 2, length, 2 * length}) {
     std::vector<Index>& cost = problem.cost.emplace_back();
     for (const SpanRule& rule : rules) cost.push_back(kept_blocks(rule, tokens, block));
     const auto all = static_cast<double>(ceil_div(tokens, block) * problem.layers * problem.heads);
     problem.most.push_back(static_cast<Index>(density * all + 1e-9));
   }
 
+  choose_rules(problem);  // a budget that no choice meets should be known before anything is read
   const auto count = static_cast<Index>(pieces.size());
-  const std::vector<Index> lengths{length / 4, length / 2, length};
+  const std::vector<Index> lengths{length / 2, length};
   Index done = 0;
   for (const std::vector<model::Token>& piece : pieces)
     for (const Index tokens : lengths) {

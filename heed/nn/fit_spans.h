@@ -15,9 +15,9 @@ namespace heed::nn {
 std::map<Index, at::Tensor> influence_of(LanguageModel& model, const at::Tensor& tokens,
                                          const std::vector<Index>& layers, Index block);
 
-/// Reads every piece at a quarter, a half and the whole of its length T, and chooses a rule (alpha, beta) for each KV
-/// head of the layers that `use` replaces, its call being moa's: at most two rules in a layer; at each of these lengths
-/// and at 2·T the last row keeps on average at most `density` of its blocks; and the sum over the lengths of the mean
+/// Reads the first half of every piece and the whole of it, T tokens, and chooses a rule (alpha, beta) for each KV
+/// head of the layers that `use` replaces, its call being moa's: at most two rules in a layer; at both lengths
+/// and at 2·T the last row keeps on average at most `density` of its blocks; and the sum over both lengths of the mean
 /// influence of what is hidden is least (heed/plan/span_rules.h). A KV head's influence is, block by block, the largest
 /// of its query heads'. alpha is a multiple of T/8 from 0 on, beta of 1/8: rules with alpha < 0 are left out, as they
 /// leave nothing of a short prompt. Without them the sink's block weighs most at the shortest length, so that the
