@@ -117,7 +117,8 @@ struct Interrupted {};
 class Session {
  public:
   /// Throws UsageError when the mechanism cannot run on a model (saying why), or for layers that
-  /// do not exist or have their own sliding window; Error when the context exceeds the model's.
+  /// do not exist or have their own sliding window; Error when the context exceeds the model's, or a
+  /// calibration holds layers that the model lacks.
   Session(const Model& model, const SessionOptions& options);
   ~Session();
 

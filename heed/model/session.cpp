@@ -16,6 +16,10 @@ void check_layers(const MechanismUse& use, const ModelInfo& info) {
     if (info.local[static_cast<size_t>(layer)])
       fail_usage("layer = {} has the model's own sliding window, expected a layer with global attention", layer);
   }
+  if (use.calibration == nullptr || use.calibration->layers.empty()) return;
+  if (const Index last = use.calibration->layers.rbegin()->first; last >= info.layers)
+    fail("calibration of {}: holds layer {}, expected 0 … {}: it was made for another model", use.calibration->model,
+         last, info.layers - 1);
 }
 
 void check_mechanism(const Mechanism& m) {

@@ -238,6 +238,9 @@ TEST_CASE("a fitted gate comes back from its file and takes the oracle's place")
   CHECK_FAILS(model::Session(*load(TinyModel(other).file()), o), Error,
               "seer-attention: tensor wk is missing, expected a trained gate (on a model: a calibration) or oracle = "
               "true");
+  other = sizes, other.layers = 1;
+  CHECK_FAILS(model::Session(*load(TinyModel(other).file()), o), Error,
+              "calibration of llama tiny: holds layer 1, expected 0 … 0: it was made for another model");
 }
 
 TEST_CASE("what cannot be fitted is refused") {
