@@ -80,30 +80,45 @@ Case behind(const Case& c, const Gating& g, const Sample& gate) {
 // The equations in f64, row by row.
 Naive naive_gated(const Case& c, const Gating& g, const Sample& gate, bool causal) {
   const auto& s = c.size;
-  const auto number = [&](const char* position, double x, Index b, Index h, Index t, Index i) {
-    if (g.position != position) return x;
-    const double y = g.pass(x, logit(gate, b, h, t, i));
-    return c.arithmetic == DType::bf16 ? nearest_bf16(y) : y;
+  // What passes its gate, if that stands at `position`: [B, heads, tokens, width].
+  const auto passed = [&](const char* position, Index heads, Index tokens, Index width, auto at) {
+    std::vector<double> all;
+    for (Index b = 0; b < s.B; ++b)
+      for (Index h = 0; h < heads; ++h)
+        for (Index t = 0; t < tokens; ++t)
+          for (Index i = 0; i < width; ++i) {
+            double x = at(b, h, t, i);
+            if (g.position == position) {
+              x = g.pass(x, logit(gate, b, h, t, i));
+              if (c.arithmetic == DType::bf16) x = nearest_bf16(x);
+            }
+            all.push_back(x);
+          }
+    return all;
   };
+  const auto q = passed("g4", s.Hq, s.N, s.D, [&](auto... at) { return c.q_at(at...); });
+  const auto k = passed("g3", s.Hk, s.M, s.D, [&](auto... at) { return c.k_at(at...); });
+  const auto v = passed("g2", s.Hk, s.M, s.Dv, [&](auto... at) { return c.v_at(at...); });
   Naive n;
   for (Index b = 0; b < s.B; ++b)
     for (Index h = 0; h < s.Hq; ++h)
       for (Index t = 0; t < s.N; ++t) {
-        const Index kv = c.kv_head(h), seen = causal ? position(c, t) + 1 : s.M;
+        const Index kv = b * s.Hk + c.kv_head(h), seen = causal ? position(c, t) + 1 : s.M;
+        const double* row = q.data() + ((b * s.Hq + h) * s.N + t) * s.D;
         std::vector<double> score, o(static_cast<size_t>(s.Dv));
         for (Index j = 0; j < seen; ++j) {
           double dot = 0;
-          for (Index i = 0; i < s.D; ++i)
-            dot += number("g4", c.q_at(b, h, t, i), b, h, t, i) * number("g3", c.k_at(b, kv, j, i), b, kv, j, i);
+          for (Index i = 0; i < s.D; ++i) dot += row[i] * k[static_cast<size_t>((kv * s.M + j) * s.D + i)];
           score.push_back(dot / std::sqrt(static_cast<double>(s.D)));
         }
         const double top = *std::max_element(score.begin(), score.end());
         double sum = 0;
         for (const double x : score) sum += std::exp(x - top);
-        for (Index j = 0; j < seen; ++j)
+        for (Index j = 0; j < seen; ++j) {
+          const double weight = std::exp(score[static_cast<size_t>(j)] - top) / sum;
           for (Index e = 0; e < s.Dv; ++e)
-            o[static_cast<size_t>(e)] +=
-                std::exp(score[static_cast<size_t>(j)] - top) / sum * number("g2", c.v_at(b, kv, j, e), b, kv, j, e);
+            o[static_cast<size_t>(e)] += weight * v[static_cast<size_t>((kv * s.M + j) * s.Dv + e)];
+        }
         for (Index e = 0; e < s.Dv; ++e) {
           const double x = o[static_cast<size_t>(e)];
           n.o.push_back(g.position == "g1" ? g.pass(x, logit(gate, b, h, t, e)) : x);
