@@ -18,18 +18,12 @@
 #include "support/folder.h"
 #include "support/naive.h"
 #include "support/tiny_session.h"
+#include "support/torch_models.h"
 
 using namespace heed;
 using namespace heed::test;
 
 namespace {
-
-model::Gguf parsed(const std::string& file) { return model::Gguf::parse(std::as_bytes(std::span(file)), "tiny.gguf"); }
-
-at::Tensor tensor_of(const std::vector<model::Token>& tokens) {
-  const std::vector<std::int64_t> wide(tokens.begin(), tokens.end());
-  return at::tensor(wide, at::kLong).unsqueeze(0);
-}
 
 // What attention of one layer gave, so that a loss can be computed for other outputs of it.
 struct Probe {

@@ -15,6 +15,8 @@
 #include "heed/nn/trainer.h"
 #include "support/command.h"
 #include "support/folder.h"
+#include "support/refusal.h"
+#include "support/small_run.h"
 #include "support/tiny_model.h"
 
 using namespace heed;
@@ -34,28 +36,15 @@ std::string lines(Index bytes) {
   return text;
 }
 
-struct Run {
-  Folder folder;
-  nn::TrainConfig config;
-  explicit Run(const std::string& mechanism, ParamTexts settings = {}) {
-    write_file(folder / "text", lines(20000));
-    config.file = folder / "text";
-    config.mechanisms = {mechanism};
-    for (const auto& [name, value] : ParamTexts{{"layers", "2"},
-                                                {"width", "32"},
-                                                {"ffn", "48"},
-                                                {"heads", "4"},
-                                                {"kv_heads", "2"},
-                                                {"head_size", "8"},
-                                                {"context", "256"},
-                                                {"length", "64"},
-                                                {"batch", "4"},
-                                                {"steps", "50"},
-                                                {"warmup", "2"},
-                                                {"lr", "1e-2"},
-                                                {"eval_tokens", "512"}})
-      nn::set(config.settings, name, value);
-    for (const auto& [name, value] : settings) nn::set(config.settings, name, value);
+// 50 steps unless the settings say otherwise.
+struct Run : SmallRun {
+  explicit Run(const std::string& mechanism, ParamTexts settings = {})
+      : SmallRun(lines(20000), {mechanism}, with_steps(std::move(settings))) {}
+
+ private:
+  static ParamTexts with_steps(ParamTexts settings) {
+    settings.insert(settings.begin(), {"steps", "50"});
+    return settings;
   }
 };
 
@@ -78,15 +67,6 @@ const std::vector<Trained>& trained() {
                                         {"routing-transformer:clusters=4,cluster_size=24,shared_qk=true", {}},
                                         {"landmark:block=15", {"landmark"}}};
   return all;
-}
-
-std::string refusal(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "accepted";
 }
 
 double length(const at::Tensor& x) { return x.norm().item<double>(); }

@@ -13,6 +13,8 @@
 #include "heed/nn/gguf.h"
 #include "heed/nn/trainer.h"
 #include "support/folder.h"
+#include "support/refusal.h"
+#include "support/small_run.h"
 #include "support/tiny_session.h"
 
 using namespace heed;
@@ -32,39 +34,10 @@ std::string prose(Index bytes) {
   return text;
 }
 
-struct Run {
-  Folder folder;
-  nn::TrainConfig config;
-  explicit Run(ParamTexts settings = {}, std::vector<std::string> mechanisms = {}) {
-    write_file(folder / "text", prose(20000));
-    config.file = folder / "text";
-    config.mechanisms = std::move(mechanisms);
-    for (const auto& [name, value] : ParamTexts{{"layers", "2"},
-                                                {"width", "32"},
-                                                {"ffn", "48"},
-                                                {"heads", "4"},
-                                                {"kv_heads", "2"},
-                                                {"head_size", "8"},
-                                                {"context", "256"},
-                                                {"length", "64"},
-                                                {"batch", "4"},
-                                                {"steps", "8"},
-                                                {"warmup", "2"},
-                                                {"lr", "1e-2"},
-                                                {"eval_tokens", "512"}})
-      nn::set(config.settings, name, value);
-    for (const auto& [name, value] : settings) nn::set(config.settings, name, value);
-  }
+struct Run : SmallRun {
+  explicit Run(const ParamTexts& settings = {}, std::vector<std::string> mechanisms = {})
+      : SmallRun(prose(20000), std::move(mechanisms), settings) {}
 };
-
-std::string refusal(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "accepted";
-}
 
 }  // namespace
 

@@ -5,14 +5,15 @@
 #include <c10/core/GradMode.h>
 
 #include <cmath>
-#include <functional>
 
 #include "heed/nn/optimizer.h"
 #include "heed/nn/predictor.h"
 #include "heed/nn/vision.h"
 #include "heed/torch/attend.h"
+#include "support/refusal.h"
 
 using namespace heed;
+using namespace heed::test;
 
 namespace {
 
@@ -38,15 +39,6 @@ void train(nn::VisionTransformer& model, int steps, std::uint64_t seed) {
     optimizer.clip(1);
     optimizer.step(1e-2 * nn::rate_share(step, steps, 5, 0.1));
   }
-}
-
-std::string refusal(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "accepted";
 }
 
 }  // namespace
