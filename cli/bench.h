@@ -6,6 +6,7 @@
 
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "heed/base/clock.h"
 
 namespace heed::cli {
 
@@ -16,9 +17,6 @@ void add_bench_attend(CLI::App& bench, Job& job);
 void add_bench_backward(CLI::App& bench, Job& job);
 void add_bench_linear(CLI::App& bench, Job& job);
 void add_bench_model(CLI::App& bench, Job& job);
-
-/// Wall seconds from some fixed moment on.
-double seconds_now();
 
 struct Peaks {
   double f32 = 0, bf16 = 0;  // flops a second, all threads; 0: the kernels have no such product

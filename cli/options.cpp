@@ -114,16 +114,18 @@ void MechanismOptions::add(CLI::App& command, bool several, const std::string& h
       ->take_all();
 }
 
+std::pair<std::string, std::string> setting_of(const std::string& text) {
+  const size_t equals = text.find('=');
+  if (equals == std::string::npos || equals == 0) fail_usage("--set: {}, expected parameter=value", text);
+  return {text.substr(0, equals), text.substr(equals + 1)};
+}
+
 std::vector<MechanismCall> MechanismOptions::calls(const std::vector<std::string>& otherwise) const {
   std::vector<MechanismCall> list;
   for (const std::string& text : texts.empty() ? otherwise : texts) list.push_back(MechanismCall::parse(text));
   if (!settings.empty() && list.size() != 1)
     fail_usage("--set: {}, expected only where one mechanism is named, here are {}", settings.front(), list.size());
-  for (const std::string& text : settings) {
-    const size_t equals = text.find('=');
-    if (equals == std::string::npos || equals == 0) fail_usage("--set: {}, expected parameter=value", text);
-    list.front().params.emplace_back(text.substr(0, equals), text.substr(equals + 1));
-  }
+  for (const std::string& text : settings) list.front().params.push_back(setting_of(text));
   for (const MechanismCall& call : list) {
     const Mechanism& m = find_mechanism(call.name);
     Params(m.name, m.params, call.params);

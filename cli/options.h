@@ -5,6 +5,7 @@
 
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "heed/mechanism/mechanism.h"
@@ -27,6 +28,9 @@ std::vector<std::string> comma_parts(const std::string& text);
 
 /// "f32", "bf16", or "q8_0": i8 with scales.
 DType dtype_named(const std::string& name);
+
+/// "p=v" of --set taken apart. Throws UsageError for text that is not of that form.
+std::pair<std::string, std::string> setting_of(const std::string& text);
 
 /// --mechanism M and --set p=v of a command that runs one mechanism, or several.
 struct MechanismOptions {

@@ -7,8 +7,8 @@
 
 #include "cli/charts.h"
 #include "cli/comparison.h"
+#include "cli/page.h"
 #include "cli/png.h"
-#include "cli/report_style.h"
 #include "cli/terminal.h"
 
 namespace heed::cli {
@@ -47,8 +47,6 @@ std::string params_text(const MechanismCall& call) {
 std::string spoken(const MechanismCall& call) {
   return call.params.empty() ? call.name : fmt::format("{} ({})", call.name, params_text(call));
 }
-
-std::string chip(size_t row) { return fmt::format("<span class=\"chip s{}\"></span>", row % 8); }
 
 std::string ppl_change(const Comparison& c, const CompareRow& row) {
   const double share = row.ppl / c.dense()->ppl - 1;
@@ -295,14 +293,9 @@ std::string foot(const Comparison& c) {
 }  // namespace
 
 std::string comparison_html(const Comparison& c) {
-  const std::string finding = escape_html(headline(c));
-  std::string page = fmt::format("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta "
-                                 "name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-                                 "<meta name=\"color-scheme\" content=\"light dark\"><title>heed: {} on "
-                                 "{}</title>\n<style>{}</style></head>\n<body><main>\n",
-                                 escape_html(model_title(c)), escape_html(file_name(c.file)), report_style);
-  page += fmt::format("<p class=\"kicker\">heed compare · {} · {}</p>\n<h1>{}.</h1>\n", escape_html(model_title(c)),
-                      escape_html(file_name(c.file)), finding);
+  std::string page =
+      page_head(fmt::format("heed: {} on {}", model_title(c), file_name(c.file)),
+                fmt::format("heed compare · {} · {}", model_title(c), file_name(c.file)), headline(c) + ".");
   page += fmt::format("<p class=\"lead\">{} read the first {} tokens of {} under {} attention mechanism{}, {} with the "
                       "same weights, on {} threads of {}.</p>\n",
                       escape_html(model_title(c)), count_text(c.tokens), escape_html(file_name(c.file)), c.rows.size(),

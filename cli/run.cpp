@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
 #include <limits>
 #include <memory>
 
@@ -11,6 +10,7 @@
 #include "cli/models.h"
 #include "cli/terminal.h"
 #include "cli/utf8.h"
+#include "heed/base/clock.h"
 #include "heed/base/file.h"
 #include "heed/model/chat.h"
 #include "heed/model/sampler.h"
@@ -27,8 +27,6 @@ struct Options {
   Index count = 64, logits = 0;
   model::SamplerOptions sampling;
 };
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Document, empty line, prompt.
 std::string joined(std::string document, const std::string& prompt) {
@@ -134,21 +132,21 @@ void run_model(const Options& options) {
 
   const HoldInterrupts hold;
   ProgressLine progress;
-  const double start = now();
+  const double start = seconds_now();
   const std::vector<float>& logits = session.prefill(ids, [&](Index done, Index total) {
     progress.show("reading", done, total);
     return interrupted() == 0;
   });
-  const double prefill_s = now() - start;
+  const double prefill_s = seconds_now() - start;
   progress.clear();
   if (options.logits > 0) {
     print_logits(options, opened, ids, logits);
     return;
   }
   // The token that the last prompt position gives needs no room of its own.
-  const double decode_start = now();
+  const double decode_start = seconds_now();
   const Index written = generate(opened, session, sampler, &logits, std::min(options.count, context - length + 1));
-  say_rates(length, prefill_s, written, now() - decode_start);
+  say_rates(length, prefill_s, written, seconds_now() - decode_start);
   say_memory(options.model, session.stats());
 }
 

@@ -2,13 +2,12 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
 #include <numeric>
+
+#include "heed/base/clock.h"
 
 namespace heed::lab {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 double mean(const double* x, Index n) { return std::accumulate(x, x + n, 0.0) / static_cast<double>(n); }
 
@@ -47,8 +46,8 @@ TrainingRun follow(nn::TrainConfig config, const std::string& mechanism, int sco
   score();
   for (int part = 1; part <= scores; ++part) {
     while (trainer.steps_done() < steps * part / scores) {
-      const double start = now(), loss = trainer.step();
-      run.seconds += now() - start;
+      const double start = seconds_now(), loss = trainer.step();
+      run.seconds += seconds_now() - start;
       show(fmt::format("loss {:.3f}", loss));
     }
     score();

@@ -4,11 +4,12 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <optional>
 
 #include "cli/charts.h"
 #include "cli/interrupt.h"
 #include "cli/options.h"
-#include "cli/report_style.h"
+#include "cli/page.h"
 #include "cli/terminal.h"
 #include "cli/torch/commands.h"
 #include "heed/base/file.h"
@@ -40,16 +41,6 @@ void list_params(const Experiment& e) {
   print(table(rows, 3));
 }
 
-std::vector<std::pair<std::string, std::string>> given(const std::vector<std::string>& settings) {
-  std::vector<std::pair<std::string, std::string>> list;
-  for (const std::string& s : settings) {
-    const size_t equals = s.find('=');
-    if (equals == std::string::npos || equals == 0) fail_usage("--set: {}, expected PARAMETER=VALUE", s);
-    list.emplace_back(s.substr(0, equals), s.substr(equals + 1));
-  }
-  return list;
-}
-
 Json json_of(const Experiment& e, const Params& p, const Options& options, const Report& report) {
   Json params = Json::object(), rows = Json::array(), findings = Json::array(), charts = Json::array();
   for (const auto& [name, value] : p.values()) params[name] = value;
@@ -71,12 +62,7 @@ Json json_of(const Experiment& e, const Params& p, const Options& options, const
 }
 
 std::string html_of(const Experiment& e, const Params& p, const Report& report) {
-  std::string page =
-      fmt::format("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta "
-                  "name=\"viewport\" content=\"width=device-width, initial-scale=1\"><title>{0}</title>\n"
-                  "<style>{1}</style></head>\n<body><main>\n<p class=\"kicker\">heed lab · {0} · {2}</p>\n"
-                  "<h1>{3}</h1>\n",
-                  escape_html(e.title), report_style, escape_html(e.paper), escape_html(e.question));
+  std::string page = page_head(e.title, fmt::format("heed lab · {} · {}", e.title, e.paper), e.question);
   page += "<p class=\"lead\">" + escape_html(report.note) + "</p>\n";
   for (const lab::Finding& f : report.findings)
     page += fmt::format("<p><b class=\"{}\">{}</b> {}: {}.</p>\n", f.holds ? "good" : "bad",
@@ -94,7 +80,7 @@ std::string html_of(const Experiment& e, const Params& p, const Report& report) 
     page += "<h2>" + escape_html(c.title) + "</h2>\n<div class=\"card\"><div class=\"legend\">";
     std::vector<Line> lines;
     for (size_t i = 0; i < c.lines.size(); ++i) {
-      page += fmt::format("<span><span class=\"chip s{}\"></span>{}</span>", i % 8, escape_html(c.lines[i].name));
+      page += "<span>" + chip(i) + escape_html(c.lines[i].name) + "</span>";
       lines.push_back({i, c.lines[i].y});
     }
     page += "</div>\n" + line_chart(lines, c.x_end, c.x_title, c.y_title, false) + "</div>\n";
@@ -108,13 +94,19 @@ std::string html_of(const Experiment& e, const Params& p, const Report& report) 
 
 void run_experiment(const Options& options) {
   const Experiment& e = lab::find_experiment(options.name);
-  const Params params("lab " + e.name, e.params, given(options.settings));
+  ParamTexts given;
+  for (const std::string& text : options.settings) given.push_back(setting_of(text));
+  const Params params("lab " + e.name, e.params, given);
   if (options.text.empty()) fail_usage("lab: --file is missing, expected a text to learn from");
   if (e.needs_model && options.model.empty())
     fail_usage("lab: --model is missing, expected a GGUF model: {} trains one", e.name);
   if (!e.needs_model && !options.model.empty()) fail_usage("lab: --model, expected none: {} makes its own", e.name);
   at::set_num_threads(threads());
+  // A report that cannot be written should be known before it is computed.
   const HoldInterrupts hold;
+  std::optional<AtomicFile> json_file, html_file;
+  if (!options.json.empty() && options.json != "-") json_file.emplace(options.json);
+  if (!options.html.empty()) html_file.emplace(options.html);
   ProgressLine progress;
   Report report;
   try {
@@ -127,10 +119,10 @@ void run_experiment(const Options& options) {
     stop_if_interrupted();
   }
   progress.clear();
-  if (!options.html.empty()) write_file(options.html, html_of(e, params, report));
-  const std::string json = json_text(json_of(e, params, options, report));
+  const std::string page = html_of(e, params, report), json = json_text(json_of(e, params, options, report));
+  if (html_file) html_file->write(page.data(), page.size()), html_file->commit();
+  if (json_file) json_file->write(json.data(), json.size()), json_file->commit();
   if (options.json == "-") return print(json);
-  if (!options.json.empty()) write_file(options.json, json);
   std::vector<std::vector<Cell>> rows(1);
   for (const std::string& c : report.columns) rows[0].push_back({c, Tone::dim});
   for (const auto& row : report.rows) {

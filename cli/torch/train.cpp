@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <map>
@@ -14,6 +13,7 @@
 #include "cli/options.h"
 #include "cli/terminal.h"
 #include "cli/torch/commands.h"
+#include "heed/base/clock.h"
 #include "heed/base/file.h"
 #include "heed/base/threads.h"
 #include "heed/nn/trainer.h"
@@ -57,8 +57,6 @@ std::unique_ptr<nn::Trainer> open(const Options& options) {
   return trainer;
 }
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 // What has happened since the last report.
 struct Lately {
   double loss = 0, seconds = 0;
@@ -90,9 +88,9 @@ void train(const Options& options, nn::Trainer& trainer, const std::string& fold
   ProgressLine progress;
   Lately lately;
   while (trainer.steps_done() < steps && interrupted() == 0) {
-    const double start = now();
+    const double start = seconds_now();
     const double loss = trainer.step();
-    lately.loss += loss, lately.seconds += now() - start, ++lately.steps;
+    lately.loss += loss, lately.seconds += seconds_now() - start, ++lately.steps;
     const Index done = trainer.steps_done();
     progress.show(fmt::format("loss {:.3f}  {} tokens/s", loss, count_text(lately.rate(trainer.tokens_per_step()))),
                   done, steps);

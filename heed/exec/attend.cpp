@@ -1,10 +1,10 @@
 #include "heed/exec/attend.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 
+#include "heed/base/clock.h"
 #include "heed/base/threads.h"
 #include "heed/exec/emission.h"
 #include "heed/exec/gather.h"
@@ -14,8 +14,6 @@
 
 namespace heed {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // o = acc / l and lse = m + ln l, with the head's sink in the denominator.
 void finish(const Plan& plan, const Rows& rows, const PanelLayout& layout, const AttendTarget& target) {
@@ -68,7 +66,7 @@ struct alignas(128) Tally {
 // that counted.
 template <class CarryOut>
 AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
-  const double start = now();
+  const double start = seconds_now();
   std::vector<Tally> tallies(static_cast<size_t>(threads()));
   std::vector<KeptTiles> kept(static_cast<size_t>(u.splits > 1 ? u.lanes * u.blocks : 0));
   parallel_for(u.count(), [&](Index unit, int thread) {
@@ -81,18 +79,18 @@ AttendStats run_units(const Plan& plan, const Units& u, CarryOut carry_out) {
     const Scratch::Mark mark(scratch);
     const RowBlock block = block_of(plan, u, lane, cut);
 
-    const double emit_start = now();
+    const double emit_start = seconds_now();
     const std::vector<Tile>& tiles = u.splits > 1
                                          ? kept[static_cast<size_t>(lane * u.blocks + cut)].emit(plan, block, scratch)
                                          : emit_tiles(plan, block, scratch);
-    tally.emit_s += now() - emit_start;
+    tally.emit_s += seconds_now() - emit_start;
     if (split == 0) tally.stats.tiles_planned += static_cast<Index>(tiles.size());
     carry_out((lane * u.blocks + cut) * u.splits + split, split, block, tiles, tally.stats, scratch);
   });
   AttendStats stats;
   double emit_s = 0;
   for (const Tally& t : tallies) stats += t.stats, emit_s += t.emit_s;
-  const double wall = now() - start;
+  const double wall = seconds_now() - start;
   stats.plan_s =
       std::min(wall, emit_s / static_cast<double>(std::max<Index>(1, std::min<Index>(threads(), u.count()))));
   stats.attend_s = wall - stats.plan_s;
@@ -118,7 +116,7 @@ Index dense_pairs(const Problem& p) {
 }
 
 AttendStats attend(const Plan& plan, const AttendTarget& target) {
-  const double start = now();
+  const double start = seconds_now();
   const Units u = units_of(plan);
   const PanelLayout& layout = plan.sources.at(0).layout;
 
@@ -169,7 +167,7 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
       finish(plan, rows, layout, target);
     }
 
-  stats.attend_s = now() - start - stats.plan_s;
+  stats.attend_s = seconds_now() - start - stats.plan_s;
   stats.scratch_bytes = scratch_bytes();
   return stats;
 }

@@ -1,10 +1,10 @@
 #include "heed/exec/backward.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 
+#include "heed/base/clock.h"
 #include "heed/base/threads.h"
 #include "heed/exec/mirror.h"
 #include "heed/exec/traverse.h"
@@ -12,8 +12,6 @@
 
 namespace heed {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // What some row blocks of a lane give to the keys and values that they meet: rows [columns, qp] and [columns, dvp], and
 // to log-weights, of each source.
@@ -177,7 +175,7 @@ class Backward {
   }
 
   PlanGradients run() {
-    const double start = now();
+    const double start = seconds_now();
     std::vector<Chain> chains(static_cast<size_t>(chains_.count()));
     std::vector<AttendStats> counted(chains.size());
     std::vector<double> emitting(chains.size(), 0.0);
@@ -210,7 +208,7 @@ class Backward {
     }
     double emit_s = 0;
     for (const double s : emitting) emit_s += s;
-    const double wall = now() - start;
+    const double wall = seconds_now() - start;
     out.stats.plan_s =
         std::min(wall, emit_s / static_cast<double>(std::max<Index>(1, std::min<Index>(threads(), chains_.count()))));
     out.stats.attend_s = wall - out.stats.plan_s;
@@ -242,10 +240,10 @@ class Backward {
         Rows rows;
         rows.block = block_of(plan_, units_, (lane * chains_.heads + head) / units_.heads, cut);
         rows.heads = units_.heads;
-        const double emit_start = now();
+        const double emit_start = seconds_now();
         Tiles tiles(scratch, reused);
         plan_.emit(rows.block, tiles);
-        emit_s += now() - emit_start;
+        emit_s += seconds_now() - emit_start;
         counted.tiles_planned += static_cast<Index>(tiles.list().size());
         const BlockRows data = load(rows, chain.dsinks.data() + head, scratch);
         work.start(data);

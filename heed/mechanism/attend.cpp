@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <bit>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <memory>
 #include <span>
 
+#include "heed/base/clock.h"
 #include "heed/base/threads.h"
 
 namespace heed {
@@ -100,8 +100,6 @@ bool axis_matches(const std::string& axis, Index extent, const Problem& p) {
   }
   return false;
 }
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 }  // namespace
 
@@ -218,7 +216,7 @@ struct Differentiable {
   double plan_s = 0;
 
   Differentiable(const MechanismCall& call, const AttendInput& in, const TensorView& dout) : checked(check(call, in)) {
-    const double start = now();
+    const double start = seconds_now();
     const Mechanism& m = checked.mechanism;
     if (m.plan_gradient == nullptr || !m.plan_gradient(checked.params, checked.inputs))
       fail("{}: no backward pass yet, expected a mechanism that has one with these parameters", call.text());
@@ -232,7 +230,7 @@ struct Differentiable {
     for (size_t i = 1; i < plan.sources.size() && m.finish_gradient == nullptr; ++i)
       for (const SourceView& view : plan.sources[i].views)
         if (view.members == nullptr) fail("{}: no backward pass yet through keys that it makes of others", call.text());
-    plan_s = now() - start;
+    plan_s = seconds_now() - start;
   }
 
   static void check_shape(const TensorView& x, const char* name, const Shape& expected, const char* why = "") {
@@ -277,10 +275,10 @@ struct Differentiable {
 }  // namespace
 
 AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
-  const double start = now();
+  const double start = seconds_now();
   const CheckedCall checked = check(call, in);
   const Plan plan = checked.plan();
-  const double planned = now() - start;
+  const double planned = seconds_now() - start;
   AttendOutput out = attend(checked, plan);
   out.stats.plan_s += planned;
   finish(checked, plan, out);
