@@ -4,6 +4,8 @@
 #include <numeric>
 
 #include "heed/kernel/kernels.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 #include "support/grids.h"
 
 using namespace heed;
@@ -11,37 +13,84 @@ using namespace heed::test;
 
 namespace {
 
-/// A = softmax over j of scale · sum over tokens of q[t][i] · k[t][j]; o[t][i] = sum over j of A[i][j] · v[t][j].
+// One head of the definition, channels by tokens, and its weights [D, D].
+struct Head {
+  std::vector<std::vector<double>> q, k, v, weight;
+};
+
+/// A = softmax over j of scale · sum over tokens of q[t][i] · k[t][j].
+Head naive_head(const Case& c, Index b, Index h, double scale) {
+  const auto& s = c.size;
+  const Index g = c.kv_head(h);
+  Head head;
+  for (Index i = 0; i < s.D; ++i) {
+    head.q.emplace_back(), head.k.emplace_back(), head.v.emplace_back();
+    for (Index t = 0; t < s.N; ++t) {
+      head.q.back().push_back(c.q_at(b, h, t, i));
+      head.k.back().push_back(c.k_at(b, g, t, i));
+      head.v.back().push_back(c.v_at(b, g, t, i));
+    }
+  }
+  for (const std::vector<double>& query : head.q) {
+    std::vector<double>& a = head.weight.emplace_back();
+    double most = -INFINITY, sum = 0;
+    for (const std::vector<double>& key : head.k) {
+      a.push_back(scale * std::inner_product(key.begin(), key.end(), query.begin(), 0.0));
+      most = std::max(most, a.back());
+    }
+    for (double& x : a) sum += x = std::exp(x - most);
+    for (double& x : a) x /= sum;
+  }
+  return head;
+}
+
+/// o[t][i] = sum over j of A[i][j] · v[t][j].
 std::vector<double> naive_channel(const Case& c, double scale) {
   const auto& s = c.size;
   std::vector<double> o(static_cast<size_t>(s.B * s.Hq * s.N * s.D));
   for (Index b = 0; b < s.B; ++b)
     for (Index h = 0; h < s.Hq; ++h) {
-      const Index g = c.kv_head(h);
-      std::vector<std::vector<double>> q, k, v;  // [channel][token]
+      const Head head = naive_head(c, b, h, scale);
+      for (Index t = 0; t < s.N; ++t)
+        for (Index i = 0; i < s.D; ++i)
+          for (Index j = 0; j < s.D; ++j)
+            o[static_cast<size_t>(((b * s.Hq + h) * s.N + t) * s.D + i)] +=
+                head.weight[static_cast<size_t>(i)][static_cast<size_t>(j)] *
+                head.v[static_cast<size_t>(j)][static_cast<size_t>(t)];
+    }
+  return o;
+}
+
+/// dA = dO·V over tokens; dS = A ∘ (dA - rowsum(dA ∘ A)); dq = scale·dS·k, dk = scale·dS^T·q, dv = A^T·dO.
+Gradients naive_channel_gradients(const Case& c, double scale, const Sample& dout) {
+  const auto& s = c.size;
+  Gradients g;
+  g.dq.resize(static_cast<size_t>(s.B * s.Hq * s.N * s.D));
+  g.dk.resize(static_cast<size_t>(s.B * s.Hk * s.N * s.D)), g.dv = g.dk;
+  for (Index b = 0; b < s.B; ++b)
+    for (Index h = 0; h < s.Hq; ++h) {
+      const Head head = naive_head(c, b, h, scale);
+      const Index q_first = (b * s.Hq + h) * s.N, kv_first = (b * s.Hk + c.kv_head(h)) * s.N;
       for (Index i = 0; i < s.D; ++i) {
-        q.emplace_back(), k.emplace_back(), v.emplace_back();
-        for (Index t = 0; t < s.N; ++t) {
-          q.back().push_back(c.q_at(b, h, t, i));
-          k.back().push_back(c.k_at(b, g, t, i));
-          v.back().push_back(c.v_at(b, g, t, i));
+        const auto channel = static_cast<size_t>(i);
+        std::vector<double> da(static_cast<size_t>(s.D));
+        double mean = 0;
+        for (size_t j = 0; j < da.size(); ++j) {
+          for (Index t = 0; t < s.N; ++t) da[j] += dout.get(b, h, t, i) * head.v[j][static_cast<size_t>(t)];
+          mean += da[j] * head.weight[channel][j];
         }
-      }
-      for (Index i = 0; i < s.D; ++i) {
-        std::vector<double> a;
-        double most = -INFINITY, sum = 0;
-        for (const std::vector<double>& key : k) {
-          a.push_back(scale * std::inner_product(key.begin(), key.end(), q[static_cast<size_t>(i)].begin(), 0.0));
-          most = std::max(most, a.back());
-        }
-        for (double& x : a) sum += x = std::exp(x - most);
-        for (Index t = 0; t < s.N; ++t) {
-          double& out = o[static_cast<size_t>(((b * s.Hq + h) * s.N + t) * s.D + i)];
-          for (size_t j = 0; j < a.size(); ++j) out += a[j] / sum * v[j][static_cast<size_t>(t)];
+        for (size_t j = 0; j < da.size(); ++j) {
+          const double a = head.weight[channel][j], ds = scale * a * (da[j] - mean);
+          for (Index t = 0; t < s.N; ++t) {
+            const auto token = static_cast<size_t>(t), at = static_cast<size_t>((kv_first + t) * s.D) + j;
+            g.dq[static_cast<size_t>((q_first + t) * s.D + i)] += ds * head.k[j][token];
+            g.dk[at] += ds * head.q[channel][token];
+            g.dv[at] += a * dout.get(b, h, t, i);
+          }
         }
       }
     }
-  return o;
+  return g;
 }
 
 /// Largest difference in units of the head's largest output.
@@ -105,6 +154,66 @@ TEST_CASE("davit's channel attention equals its definition") {
   in.scale = 0.07f;
   for (const std::string call : {"davit", "davit:scale_mode=tokens"})  // a scale that is given stands
     CHECK(channel_error(attend(call, in), naive_channel(c, 0.07f), c) < 1e-5);
+}
+
+TEST_CASE("davit's channel attention: gradients from the definition") {
+  const auto check = [](const Case& c, const std::string& call, double scale, DType dtype = DType::f32,
+                        Layout layout = Layout::packed) {
+    CAPTURE(call);
+    const Sample dout = random_dout(c.size, dtype, layout);
+    const Gradients want = naive_channel_gradients(c, scale, dout);
+    for (const std::string& isa : available_isas()) {
+      const UseIsa use(isa);
+      AttendOutput out;
+      const MechanismCall by = MechanismCall::parse(call);
+      const AttendGradients got = attend_backward(by, c.input(), dout.view(), &out);
+      check_gradients(c, got, want);
+      CHECK(same_bits(out.o, attend(call, c.input()).o));
+      CHECK(same_bits(attend_backward(by, c.input(), dout.view(), out.o.view(), out.lse.view()), got));
+    }
+  };
+  for (const DType arithmetic : {DType::f32, DType::bf16}) {
+    for (const Index d : {2, 16, 48, 130})
+      for (const Index n : {1, 2, 49, 300}) {
+        const Case c({1, 3, 3, n, n, d, d}, DType::f32, arithmetic);
+        check(c, "davit:kind=channel", 1 / std::sqrt(static_cast<double>(d)));
+        check(c, "davit:scale_mode=tokens", 1 / std::sqrt(static_cast<double>(n)));
+      }
+    for (const DType dtype : {DType::f16, DType::bf16})
+      check(Case({2, 4, 2, 259, 259, 33, 33}, dtype, arithmetic, Layout::tokens), "davit:scale_mode=tokens",
+            1 / std::sqrt(259.0), dtype, Layout::tokens);
+    check(Case({1, 2, 1, 70, 70, 100, 100}, DType::f32, arithmetic, Layout::scattered), "davit", 0.1, DType::f32,
+          Layout::reversed);
+    check(Case({1, 1, 1, 9001, 9001, 32, 32}, DType::f32, arithmetic), "davit:scale_mode=tokens",
+          1 / std::sqrt(9001.0));
+  }
+}
+
+TEST_CASE("davit: a channel that is alone has one weight, and only values have gradients") {
+  const Case c({1, 2, 2, 49, 49, 1, 1});
+  const Sample dout = random_dout(c.size);
+  const AttendGradients got = gradients("davit", c.input(), dout);
+  for (Index h = 0, i = 0; h < 2; ++h)
+    for (Index t = 0; t < 49; ++t, ++i) {
+      CHECK(got.dv.as<float>()[i] == doctest::Approx(dout.get(0, h, t, 0)).epsilon(1e-6));
+      CHECK(std::fabs(got.dq.as<float>()[i]) < 1e-5f);  // rounding of sums of 49
+      CHECK(std::fabs(got.dk.as<float>()[i]) < 1e-5f);
+    }
+}
+
+TEST_CASE("davit's channel attention: gradients are central differences") {
+  for (const Sizes& s : {Sizes{1, 2, 1, 7, 7, 5, 5}, Sizes{2, 2, 2, 5, 5, 6, 6}, Sizes{1, 1, 1, 1, 1, 4, 4}})
+    for (const std::string call : {"davit", "davit:scale_mode=tokens"}) {
+      CAPTURE(call);
+      Case c(s);
+      const Sample dout = random_dout(s);
+      const double scale = 1 / std::sqrt(static_cast<double>(call == "davit" ? s.D : s.N));
+      const auto loss = [&] { return loss_of(naive_channel(c, scale), dout); };
+      const AttendGradients got = gradients(call, c.input(), dout);
+      CHECK_GRADIENT("dq", got.dq, differences(c.q, loss), gradient_tolerance(DType::f32));
+      CHECK_GRADIENT("dk", got.dk, differences(c.k, loss), gradient_tolerance(DType::f32));
+      CHECK_GRADIENT("dv", got.dv, differences(c.v, loss), gradient_tolerance(DType::f32));
+    }
 }
 
 TEST_CASE("davit's channel attention moves with its tokens") {
@@ -171,14 +280,20 @@ TEST_CASE("davit's window attention with one window is dense attention") {
 
 TEST_CASE("davit: the same bits for any number of threads") {
   const Case c({2, 4, 2, 4500, 4500, 16, 16});
+  const Sample dout = random_dout(c.size);
   for (const std::string call : {"davit", "davit:kind=window,grid=45x100"}) {
-    std::vector<float> first;
+    Tensor first;
+    AttendGradients first_gradients;
     for (const int threads : {1, 2, 3}) {
       const UseThreads use(threads);
-      const AttendOutput got = attend(call, c.input());
-      const std::vector<float> o(got.o.as<float>(), got.o.as<float>() + got.o.size());
-      if (threads == 1) first = o;
-      CHECK(same_bits(o, first));
+      AttendOutput got = attend(call, c.input());
+      AttendGradients back = gradients(call, c.input(), dout);
+      if (threads == 1) {
+        first = std::move(got.o), first_gradients = std::move(back);
+        continue;
+      }
+      CHECK(same_bits(got.o, first));
+      CHECK(same_bits(back, first_gradients));
     }
   }
 }

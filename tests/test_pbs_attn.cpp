@@ -10,7 +10,8 @@
 
 #include "heed/kernel/kernels.h"
 #include "heed/plan/select.h"
-#include "support/naive.h"
+#include "support/differences.h"
+#include "support/gradients.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -54,7 +55,13 @@ std::vector<Index> sorted_keys(const Case& c, const Pbs& o, Index b, Index h, bo
   return order;
 }
 
-Naive naive_pbs(const Case& c, const Pbs& o) {
+/// Whom each query sees, and the rows [B, Hq, N] whose choice is nearly a tie.
+struct PbsChoice {
+  Sees sees;
+  std::vector<char> undecided;
+};
+
+PbsChoice pbs_sees(const Case& c, const Pbs& o) {
   const auto& s = c.size;
   const Index n = s.N, query_blocks = (n + o.block - 1) / o.block;
   std::vector<char> undecided(static_cast<size_t>(s.B * s.Hq * n), 0);
@@ -124,12 +131,18 @@ Naive naive_pbs(const Case& c, const Pbs& o) {
           for (Index t = begin; t < end; ++t) undecided[static_cast<size_t>((b * s.Hq + h) * n + t)] = 1;
       }
     }
-  Naive result = naive_attention(c, [&](Index b, Index h, Index t, Index j) {
+  const auto sees = [seen, o, query_blocks, heads = s.Hq](Index b, Index h, Index t, Index j) {
     if (j > t) return false;
     if (j / o.segment == t / o.segment) return true;
-    return seen[static_cast<size_t>((b * s.Hq + h) * query_blocks + t / o.block)][static_cast<size_t>(j)] != 0;
-  });
-  result.undecided = undecided;
+    return seen[static_cast<size_t>((b * heads + h) * query_blocks + t / o.block)][static_cast<size_t>(j)] != 0;
+  };
+  return {sees, undecided};
+}
+
+Naive naive_pbs(const Case& c, const Pbs& o) {
+  const PbsChoice choice = pbs_sees(c, o);
+  Naive result = naive_attention(c, choice.sees);
+  result.undecided = choice.undecided;
   return result;
 }
 
@@ -364,16 +377,67 @@ TEST_CASE("choose_mass takes the fewest that reach the share, the lower among eq
   CHECK(choose({}, 0.5).empty());
 }
 
+TEST_CASE("pbs-attn's gradients are those of the pairs that its steps choose, at home in the tokens' order") {
+  Index compared = 0;
+  const auto check = [&](const Sizes& s, const Pbs& o, DType dtype, DType arithmetic, Layout layout = Layout::packed) {
+    const Case c(s, dtype, arithmetic, layout);
+    const PbsChoice choice = pbs_sees(c, o);
+    if (std::count(choice.undecided.begin(), choice.undecided.end(), 1) > 0) return;
+    ++compared;
+    const std::string call = o.call();
+    CAPTURE(call);
+    const Sample dout = random_dout(s, dtype, layout);
+    const Gradients want = naive_gradients(c, met_keys(c, choice.sees), dout);
+    for (const std::string& isa : available_isas()) {
+      const UseIsa use(isa);
+      AttendOutput out;
+      const MechanismCall by = MechanismCall::parse(call);
+      const AttendGradients got = attend_backward(by, c.input(), dout.view(), &out);
+      check_gradients(c, got, want);
+      CHECK(same_bits(attend_backward(by, c.input(), dout.view(), out.o.view(), out.lse.view()), got));
+    }
+  };
+  for (const DType arithmetic : {DType::f32, DType::bf16})
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const Index n : {1, 64, 65, 129, 200}) check(square(4, 1, n, 33, 16), {.mass = 0.3}, dtype, arithmetic);
+      check({2, 4, 2, 150, 150, 24, 40}, {.block = 20, .segment = 40, .mass = 0.5}, dtype, arithmetic);
+      check(square(4, 4, 97), {.block = 8, .segment = 32, .mass = 0.2, .force_first = false, .largest = true}, dtype,
+            arithmetic, Layout::scattered);
+      check(square(2, 1, 90), {.block = 1, .segment = 30}, dtype, arithmetic, Layout::tokens);
+    }
+  CHECK(compared >= 20);
+}
+
+TEST_CASE("pbs-attn's gradients are central differences of its steps") {
+  for (const Sizes& s : {square(2, 1, 13, 5, 3), square(4, 2, 11, 4, 6)}) {
+    Case c(s);
+    const Pbs o{.block = 2, .segment = 4, .mass = 0.4};
+    const Sample dout = random_dout(s);
+    const PbsChoice choice = pbs_sees(c, o);
+    REQUIRE(std::count(choice.undecided.begin(), choice.undecided.end(), 1) == 0);
+    REQUIRE(naive_pbs(c, o).pairs < naive_attention(c, dense_sees(c, true)).pairs);
+    const auto loss = [&] { return loss_of(naive_pbs(c, o).o, dout); };  // which chooses anew every time
+    const AttendGradients got = gradients(o.call(), c.input(), dout);
+    CHECK_GRADIENT("dq", got.dq, differences(c.q, loss), gradient_tolerance(DType::f32));
+    CHECK_GRADIENT("dk", got.dk, differences(c.k, loss), gradient_tolerance(DType::f32));
+    CHECK_GRADIENT("dv", got.dv, differences(c.v, loss), gradient_tolerance(DType::f32));
+  }
+}
+
 TEST_CASE("pbs-attn: the same bits for any number of threads") {
   for (const std::string& isa : available_isas()) {
     const UseIsa use(isa);
     for (const Sizes& s : {Sizes{2, 4, 2, 600, 600, 16, 16}, Sizes{1, 4, 1, 200, 200, 32, 32}}) {
       const Case c(s);
+      const Sample dout = random_dout(s);
       Got first;
+      AttendGradients first_gradients;
       for (const int n : {1, 2, 3}) {
         const UseThreads threads(n);
         const Got got = run("pbs-attn:block=16,segment=64,mass=0.5", c.input());
-        if (n == 1) first = got;
+        AttendGradients back = gradients("pbs-attn:block=16,segment=64,mass=0.5", c.input(), dout);
+        if (n == 1) first = got, first_gradients = std::move(back);
+        else CHECK(same_bits(back, first_gradients));
         CHECK(same_bits(got.o, first.o));
         CHECK(same_bits(got.lse, first.lse));
       }

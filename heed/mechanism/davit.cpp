@@ -61,15 +61,36 @@ Plan plan_davit(const Params& p, const Inputs& in) {
   return p.text("kind") == "window" ? plan_window(p, in) : plan_channel(p, in);
 }
 
-// Channels by tokens becomes tokens by channels.
+bool between_channels(const Params& p, const Inputs&) { return p.text("kind") == "channel"; }
+
+// [a, b, m, n] becomes [a, b, n, m], f32: channels by tokens, and tokens by channels.
+Tensor transposed(const TensorView& x) {
+  constexpr Index run = 64;
+  const Index a = x.shape[0], b = x.shape[1], m = x.shape[2], n = x.shape[3], runs = ceil_div(n, run);
+  Tensor y(DType::f32, {a, b, n, m});
+  parallel_for(a * b * runs, [&](Index unit, int) {
+    const Index head = unit / runs, first = unit % runs * run, count = std::min(run, n - first);
+    float row[run], *out = y.as<float>() + (head * n + first) * m;
+    for (Index i = 0; i < m; ++i) {
+      read_f32(x.at({head / b, head % b, i, first}), x.dtype, x.stride[3], count, row);
+      for (Index j = 0; j < count; ++j) out[j * m + i] = row[j];
+    }
+  });
+  return y;
+}
+
 void finish_davit(const Params& p, const Inputs& in, const Plan&, AttendOutput& out) {
-  if (p.text("kind") == "window") return;
-  const Index heads = in.problem.B * in.problem.Hq, n = in.problem.N, c = in.problem.D;
-  Tensor o(DType::f32, {in.problem.B, in.problem.Hq, n, c});
-  for (Index head = 0; head < heads; ++head)
-    for (Index i = 0; i < c; ++i)
-      for (Index t = 0; t < n; ++t) o.as<float>()[(head * n + t) * c + i] = out.o.as<float>()[(head * c + i) * n + t];
-  out.o = std::move(o);
+  if (between_channels(p, in)) out.o = transposed(out.o.view());
+}
+
+Tensor unfinish_davit(const Params&, const Inputs&, const Plan&, const TensorView& dout) { return transposed(dout); }
+
+// The plan's queries are the channels' scores: dS = P ⊙ (dP - rowsum(dP ⊙ P)), times scale.
+void finish_gradient_davit(const Params& p, const Inputs& in, const Differentiated&, AttendGradients& out) {
+  if (!between_channels(p, in)) return;
+  FeatureGradients tokens = feature_gram_gradient(in.problem, in.q, *in.kv, out.dq);
+  out.dq = std::move(tokens.dq), out.dk = std::move(tokens.dk);
+  out.dv = transposed(out.dv.view());
 }
 
 }  // namespace
@@ -100,7 +121,10 @@ const Mechanism& davit() {
       .plan = plan_davit,
       // A channel's log-sum-exp belongs to no token.
       .without_lse = [](const Params& p) { return p.text("kind") == "channel"; },
-      .plan_gradient = [](const Params& p, const Inputs&) { return p.text("kind") == "window"; },
+      .plan_gradient = always,
+      .finishes = between_channels,
+      .unfinish = unfinish_davit,
+      .finish_gradient = finish_gradient_davit,
       .finish = finish_davit,
   };
   return m;

@@ -13,8 +13,10 @@ VisionTransformer::VisionTransformer(const VisionOptions& o) : options_(o) {
     fail_usage("vision: patch = {}, expected a divisor of side = {}", o.patch, o.side);
   if (o.kv_heads < 1 || o.heads % o.kv_heads != 0)
     fail_usage("vision: kv_heads = {}, expected a divisor of heads = {}", o.kv_heads, o.heads);
-  if (o.mechanism.name == "sparsifiner" && !o.class_token)
-    fail_usage("sparsifiner: class_token = false, expected true: its first row is the class token's");
+  if (o.mechanisms.empty()) fail_usage("vision: no mechanisms, expected one or more");
+  for (const MechanismCall& call : o.mechanisms)
+    if (call.name == "sparsifiner" && !o.class_token)
+      fail_usage("sparsifiner: class_token = false, expected true: its first row is the class token's");
   const auto add = [&](const char* name, std::vector<Index> shape) {
     return register_parameter(name, at::empty(shape, at::kFloat));
   };
@@ -27,7 +29,7 @@ VisionTransformer::VisionTransformer(const VisionOptions& o) : options_(o) {
                                      .heads = o.heads,
                                      .kv_heads = o.kv_heads,
                                      .head_size = o.head_size,
-                                     .mechanism = o.mechanism,
+                                     .mechanism = o.mechanisms[static_cast<size_t>(i) % o.mechanisms.size()],
                                      .causal = false,
                                      .rope_base = 0,
                                      .lepe = o.lepe,

@@ -9,7 +9,7 @@ struct VisionOptions {
   Index side = 16, patch = 2, channels = 1;  // pixels; a patch is a token
   Index classes = 4;
   Index layers = 2, width = 32, ffn = 64, heads = 4, kv_heads = 4, head_size = 8;
-  MechanismCall mechanism{"dense", {}};
+  std::vector<MechanismCall> mechanisms{{"dense", {}}};  // of the layers in turn, over and over
   bool class_token = false;  // token 0, which the classes are read from; else from the mean of all
   Index lepe = 0;            // see AttentionOptions
   /// Patches along a side, and all tokens.

@@ -10,4 +10,12 @@ namespace heed {
 /// number of tokens, and so would the error of one long f32 sum.
 Tensor feature_gram(const Problem& problem, const Queries& queries, const KeyValues& kv);
 
+/// The way back from dgram [B, Hq, D, D] f32, the gradient of G: dq_t = dgram · k_t, and dk_t the sum of dgramᵀ · q_t
+/// over the query heads of its KV head, in their order. The same bits for any number of threads.
+struct FeatureGradients {
+  Tensor dq, dk;  // [B, Hq, N, D], [B, Hk, N, D] f32
+};
+FeatureGradients feature_gram_gradient(const Problem& problem, const Queries& queries, const KeyValues& kv,
+                                       const Tensor& dgram);
+
 }  // namespace heed

@@ -147,6 +147,11 @@ TEST_CASE("dense, windows and static blocks") {
       45);
 }
 
+TEST_CASE("pbs-attn: all blocks, sorted, are all of the past") {
+  compare(options("pbs-attn:block=4,segment=8,mass=1"), [](Index t, Index j) { return j <= t; }, 45);
+  compare(options("pbs-attn:block=4,segment=8,mass=1"), [](Index t, Index j) { return j <= t; }, 7);
+}
+
 TEST_CASE("flash-moba's key convolution, three and five wide") {
   for (const Index width : {3, 5})
     compare(options("flash-moba:block=6,top_k=99", width), [](Index t, Index j) { return j <= t; }, 29);
@@ -201,7 +206,6 @@ TEST_CASE("mechanisms that a causal language model cannot be trained with are re
   CHECK(refusal("vmoba") ==
         "mechanism = vmoba: it is not causal: queries of a whole video compete for blocks, expected one that a causal "
         "language model can be trained with");
-  CHECK(refusal("pbs-attn") == "mechanism = pbs-attn: it has no backward pass yet, expected one that has");
   CHECK(refusal("sparsifiner").starts_with("mechanism = sparsifiner: it is made for images"));
   CHECK(refusal("routing-transformer") == "routing-transformer: clusters = 0, expected >= 1 where a model learns them");
   CHECK(refusal("nonesuch").find("nonesuch") != std::string::npos);

@@ -17,12 +17,16 @@ using namespace heed::test;
 
 namespace {
 
-nn::VisionOptions options(const std::string& call, Index lepe = 0) {
+using Calls = std::vector<std::string>;  // of the layers in turn
+
+nn::VisionOptions options(const Calls& calls, Index lepe = 0) {
   nn::VisionOptions o;
-  o.mechanism = MechanismCall::parse(call), o.lepe = lepe;
-  o.class_token = o.mechanism.name == "sparsifiner";
+  o.mechanisms.clear(), o.lepe = lepe;
+  for (const std::string& call : calls) o.mechanisms.push_back(MechanismCall::parse(call));
+  o.class_token = o.mechanisms[0].name == "sparsifiner";
   return o;
 }
+nn::VisionOptions options(const char* call, Index lepe = 0) { return options(Calls{call}, lepe); }
 
 // Mean loss of pictures that no training saw.
 double held_out(nn::VisionTransformer& model) {
@@ -58,16 +62,21 @@ TEST_CASE("pictures: four figures, the same for the same seed") {
 }
 
 TEST_CASE("every mechanism that sees both ways learns to tell figures") {
-  for (const auto& [call, lepe] : std::vector<std::pair<std::string, Index>>{{"dense", 0},
-                                                                             {"biformer:grid=8x8,regions=4,top_k=4", 0},
-                                                                             {"biformer:grid=8x8,regions=4,top_k=4", 3},
-                                                                             {"llsa:block=4,top_k=4,levels=2", 0},
-                                                                             {"sparsifiner:keep=0.4", 0},
-                                                                             {"natten:grid=8x8,kernel_size=5x5", 0},
-                                                                             {"hilo:grid=8x8,alpha=0.5,window=2", 0}}) {
-    CAPTURE(call);
+  const std::vector<std::pair<Calls, Index>> all{
+      {{"dense"}, 0},
+      {{"biformer:grid=8x8,regions=4,top_k=4"}, 0},
+      {{"biformer:grid=8x8,regions=4,top_k=4"}, 3},
+      {{"llsa:block=4,top_k=4,levels=2"}, 0},
+      {{"sparsifiner:keep=0.4"}, 0},
+      {{"natten:grid=8x8,kernel_size=5x5"}, 0},
+      {{"hilo:grid=8x8,alpha=0.5,window=2"}, 0},
+      {{"davit:kind=window,grid=8x8,window=4", "davit"}, 0},
+      {{"davit:kind=window,grid=8x8,window=4", "davit:scale_mode=tokens"}, 0}};
+  for (const auto& [calls, lepe] : all) {
+    CAPTURE(calls[0]);
+    CAPTURE(calls.back());
     CAPTURE(lepe);
-    nn::VisionTransformer model(options(call, lepe));
+    nn::VisionTransformer model(options(calls, lepe));
     model.initialise(0);
     const double before = held_out(model);
     CHECK(before > 1.2);  // ln 4 = 1.39
@@ -79,8 +88,11 @@ TEST_CASE("every mechanism that sees both ways learns to tell figures") {
   }
 }
 
-TEST_CASE("gradients are central differences of the loss, for biformer's filter too") {
-  nn::VisionTransformer model(options("biformer:grid=8x8,regions=2,top_k=4", 3));  // all regions: nothing is selected
+namespace {
+
+// Along the gradient of each parameter.
+void check_differences(const nn::VisionOptions& o) {
+  nn::VisionTransformer model(o);
   model.initialise(2);
   const nn::Pictures p = nn::draw_pictures(9, 4, 16);
   const auto loss = [&] { return at::cross_entropy_loss(model.forward(p.images).to(at::kDouble), p.labels); };
@@ -99,6 +111,13 @@ TEST_CASE("gradients are central differences of the loss, for biformer's filter 
     w.copy_(kept);
     CHECK((more - less) / (2 * step) == doctest::Approx(length).epsilon(0.02));
   }
+}
+
+}  // namespace
+
+TEST_CASE("gradients are central differences of the loss, for biformer's filter and between channels too") {
+  check_differences(options("biformer:grid=8x8,regions=2,top_k=4", 3));  // all regions: nothing is selected
+  check_differences(options(Calls{"davit:kind=window,grid=8x8,window=3", "davit"}));
 }
 
 TEST_CASE("the predictor's loss is its definition, with gradients for the predictor alone") {

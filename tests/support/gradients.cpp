@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 
 namespace heed::test {
@@ -193,6 +194,13 @@ void check_gradients(const Case& c, const AttendGradients& got, const Gradients&
 }
 void check_gradients(const Case& c, const PlanGradients& got, const Gradients& want) {
   check_three(c, got.dq, got.sources[0].dk, got.sources[0].dv, want);
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) {
+  return a.shape() == b.shape() && std::memcmp(a.data(), b.data(), static_cast<size_t>(a.bytes())) == 0;
+}
+bool same_bits(const AttendGradients& a, const AttendGradients& b) {
+  return same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) && same_bits(a.dv, b.dv);
 }
 
 }  // namespace heed::test

@@ -62,6 +62,10 @@ AttendGradients gradients(const std::string& call, const AttendInput& in, const 
 void check_gradients(const Case& c, const AttendGradients& got, const Gradients& want);
 void check_gradients(const Case& c, const PlanGradients& got, const Gradients& want);
 
+/// True when both hold the same bits; of gradients, when dq, dk and dv do.
+bool same_bits(const Tensor& a, const Tensor& b);
+bool same_bits(const AttendGradients& a, const AttendGradients& b);
+
 }  // namespace heed::test
 
 #define CHECK_GRADIENT(name, got, want, tolerance)                                            \
