@@ -54,6 +54,7 @@ struct Experiment {
   Report (*run)(const Setting& setting);
 };
 
+const Experiment& gate();
 const Experiment& moba();
 const Experiment& moba_continued();
 

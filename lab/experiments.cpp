@@ -7,7 +7,7 @@
 namespace heed::lab {
 
 const std::vector<const Experiment*>& experiments() {
-  static const std::vector<const Experiment*> all{&moba(), &moba_continued()};
+  static const std::vector<const Experiment*> all{&gate(), &moba(), &moba_continued()};
   return all;
 }
 

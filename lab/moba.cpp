@@ -21,10 +21,9 @@ Report run_moba(const Setting& setting) {
                            "optimizer", "seed", "eval_tokens"})
     nn::set(config.settings, name, p.text(name));
   nn::set(config.settings, "context", fmt::format("{}", length));
-  const int scores = 10;
-  const TrainingRun dense = follow(config, "dense", scores, setting);
-  const TrainingRun moba = follow(config, fmt::format("moba:block={},top_k={}", block, top_k), scores, setting);
-  const TrainingRun window = follow(config, fmt::format("streaming:sink=0,window={}", block * top_k), scores, setting);
+  const TrainingRun dense = follow(config, "dense", {}, setting);
+  const TrainingRun moba = follow(config, fmt::format("moba:block={},top_k={}", block, top_k), {}, setting);
+  const TrainingRun window = follow(config, fmt::format("streaming:sink=0,window={}", block * top_k), {}, setting);
 
   Report report;
   report.columns = {"mechanism", "held-out loss", "vs dense", fmt::format("last {} tokens", tail),

@@ -16,11 +16,12 @@ Report run_continued(const Setting& setting) {
   for (const char* name : {"steps", "batch", "length", "lr", "warmup", "optimizer", "seed", "eval_tokens"})
     nn::set(config.settings, name, p.text(name));
   nn::set(config.settings, "weight_decay", "0");
-  const int scores = static_cast<int>(p.integer("scores"));
+  FollowOptions options;
+  options.scores = static_cast<int>(p.integer("scores"));
   const TrainingRun moba =
-      follow(config, fmt::format("moba:block={},top_k={}", p.integer("block"), p.integer("top_k")), scores, setting);
+      follow(config, fmt::format("moba:block={},top_k={}", p.integer("block"), p.integer("top_k")), options, setting);
   // Dense attention trains the same way: what the model learns of the text is no merit of moba's.
-  const TrainingRun dense = follow(config, "dense", scores, setting);
+  const TrainingRun dense = follow(config, "dense", options, setting);
 
   Report report;
   report.columns = {"tokens trained on", "moba", "dense", "cost of moba", "recovered"};
@@ -29,7 +30,7 @@ Report run_continued(const Setting& setting) {
   const double before = moba.held_out.front() - dense.held_out.front();
   for (size_t i = 0; i < moba.held_out.size(); ++i) {
     const double cost = moba.held_out[i] - dense.held_out[i];
-    report.rows.push_back({fmt::format("{}", moba.tokens * static_cast<Index>(i) / scores),
+    report.rows.push_back({fmt::format("{}", moba.tokens * static_cast<Index>(i) / options.scores),
                            fmt::format("{:.4f}", moba.held_out[i]), fmt::format("{:.4f}", dense.held_out[i]),
                            fmt::format("{:+.4f}", cost), fmt::format("{:.0f} %", 100 * (1 - cost / before))});
   }

@@ -1,7 +1,9 @@
 #include "lab/training_run.h"
 
+#include <c10/util/Exception.h>
 #include <fmt/format.h>
 
+#include <cmath>
 #include <numeric>
 
 #include "heed/base/clock.h"
@@ -28,7 +30,8 @@ std::vector<double> TrainingRun::binned(Index bins) const {
   return means;
 }
 
-TrainingRun follow(nn::TrainConfig config, const std::string& mechanism, int scores, const Setting& setting) {
+TrainingRun follow(nn::TrainConfig config, const std::string& mechanism, const FollowOptions& options,
+                   const Setting& setting) {
   config.file = setting.text, config.mechanisms = {mechanism};
   nn::Trainer trainer(config);
   TrainingRun run;
@@ -36,23 +39,38 @@ TrainingRun follow(nn::TrainConfig config, const std::string& mechanism, int sco
   for (const auto& [name, parameter] : nn::parameters_of(trainer.model())) run.parameters += parameter.numel();
   const Index steps = trainer.steps();
   const auto show = [&](const std::string& what) {
-    if (!setting.progress(fmt::format("{}: {}", mechanism, what), trainer.steps_done(), steps)) throw Stopped();
+    if (!setting.progress(fmt::format("{}: {}", options.name.empty() ? mechanism : options.name, what),
+                          trainer.steps_done(), steps))
+      throw Stopped();
   };
   const auto score = [&] {
     show("scoring");
     run.by_position = trainer.held_out_by_position();
-    run.held_out.push_back(mean(run.by_position.data(), static_cast<Index>(run.by_position.size())));
+    const double loss = mean(run.by_position.data(), static_cast<Index>(run.by_position.size()));
+    if (!std::isfinite(loss)) fail("{}: held-out loss = {}, expected a finite number", mechanism, loss);
+    run.held_out.push_back(loss);
+    if (options.scored) options.scored(trainer);
   };
-  score();
-  for (int part = 1; part <= scores; ++part) {
-    while (trainer.steps_done() < steps * part / scores) {
-      const double start = seconds_now(), loss = trainer.step();
-      run.seconds += seconds_now() - start;
-      show(fmt::format("loss {:.3f}", loss));
-    }
-    score();
-  }
   run.tokens = steps * trainer.tokens_per_step();
+  score();
+  const auto ends = [&] {
+    if (!options.may_diverge) throw;
+    run.diverged = true;
+  };
+  try {
+    for (int part = 1; part <= options.scores; ++part) {
+      while (trainer.steps_done() < steps * part / options.scores) {
+        const double start = seconds_now(), loss = trainer.step();
+        run.seconds += seconds_now() - start;
+        show(fmt::format("loss {:.3f}", loss));
+      }
+      score();
+    }
+  } catch (const Error&) {  // weights or losses that are not finite, which are refused
+    ends();
+  } catch (const c10::Error&) {  // the same inside an operator
+    ends();
+  }
   return run;
 }
 

@@ -166,6 +166,7 @@ void add_lab(CLI::App& app, Job& job) {
   command->footer("Examples:\n"
                   "  heed lab\n"
                   "  heed lab moba --file book.txt --html moba.html\n"
+                  "  heed lab gate --file book.txt --set steps=2000 --set seeds=3 --html gate.html\n"
                   "  heed lab moba-continued --model model.gguf --file book.txt --set steps=24 --html curve.html");
 }
 

@@ -52,6 +52,7 @@ const std::vector<ParamSpec>& train_settings() {
       integer("context", 4096, 2, 1 << 24, "most tokens that the model is said to read"),
       number("rope_base", 1e4, 1, 1e300, "base of the rotary positions"),
       boolean("tied", true, "the output's weights are the embedding's"),
+      boolean("bos", false, "a new model's sequences all begin with the end mark, which is not predicted"),
       integer("key_conv", 0, 0, 5, "width of flash-moba's learned convolution of keys, 3 or 5; 0: none"),
       choice("gate", "elementwise", {"elementwise", "headwise"},
              "gated-attention: a gate for every feature, or one for every head")};

@@ -23,7 +23,7 @@ constexpr const char* format = "heed checkpoint 1";
 void check_model_stays(const TrainConfig& before, const TrainConfig& after, const std::string& path) {
   const Params a = settings_of(before), b = settings_of(after);
   for (const char* name : {"layers", "width", "ffn", "heads", "kv_heads", "head_size", "context", "rope_base", "tied",
-                           "key_conv", "gate", "optimizer"})
+                           "bos", "key_conv", "gate", "optimizer"})
     if (a.text(name) != b.text(name))
       fail_usage("{}: {} = {}, expected {}, as the run began", path, name, b.text(name), a.text(name));
   if (before.from != after.from)
@@ -45,11 +45,12 @@ Trainer::Trainer(const TrainConfig& config)
     model_ = std::make_shared<LanguageModel>(info, mixers_of(config.mechanisms, info), layers);
     model_->initialise(static_cast<std::uint64_t>(settings_.integer("seed")));
     vocabulary_ = model::Vocabulary::bytes();
+    if (settings_.boolean("bos")) vocabulary_.bos = bos = vocabulary_.eos, vocabulary_.add_bos = true;
     // Byte for byte: a text need not even be UTF-8.
     for (const char c : read_file(config.file)) tokens.push_back(static_cast<unsigned char>(c));
   } else {
     for (const char* name :
-         {"layers", "width", "ffn", "heads", "kv_heads", "head_size", "context", "rope_base", "tied"})
+         {"layers", "width", "ffn", "heads", "kv_heads", "head_size", "context", "rope_base", "tied", "bos"})
       if (settings_.given(name))
         fail_usage("train: {} = {}, expected none: {} says it", name, settings_.text(name), config.from);
     const model::Gguf file = model::Gguf::open(config.from);
@@ -90,11 +91,15 @@ double Trainer::step() {
   return value;
 }
 
+std::vector<Windows> Trainer::held_out_windows() const {
+  return text_->held_out(settings_.integer("eval_tokens"), batch_);
+}
+
 std::vector<double> Trainer::held_out_by_position() const {
   const c10::NoGradGuard frozen;
   at::Tensor sum = at::zeros({length_}, at::kDouble);
   Index windows = 0;
-  for (const Windows& w : text_->held_out(settings_.integer("eval_tokens"), batch_)) {
+  for (const Windows& w : held_out_windows()) {
     sum += model_->losses(w.tokens, w.targets).to(at::kDouble).sum(0);
     windows += w.tokens.size(0);
   }

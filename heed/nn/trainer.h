@@ -27,7 +27,9 @@ class Trainer {
   double step();
   /// Mean loss over the held-out text, nats a token; NaN when nothing is held out.
   double held_out() const;
-  /// The same for every position of a window: [length]. Empty when nothing is held out.
+  /// What that is taken over. Empty when nothing is held out.
+  std::vector<Windows> held_out_windows() const;
+  /// The mean loss for every position of a window: [length]. Empty when nothing is held out.
   std::vector<double> held_out_by_position() const;
 
   /// Steps taken, and the whole run's.

@@ -45,7 +45,7 @@ _heed() {
       ;;
     explain) choices=$(_heed_mechanisms "$1" | grep -v :) ;;
     bench) choices='peak attend backward linear prefill decode' ;;
-    lab) choices='moba moba-continued' ;;
+    lab) choices='gate moba moba-continued' ;;
     --dtype) choices='f32 bf16' ;;
     --kv | --kv-type) choices='f32 bf16 q8_0' ;;
     --phase) choices='prefill decode both' ;;

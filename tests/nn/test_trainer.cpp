@@ -74,6 +74,28 @@ TEST_CASE("a run that stopped goes on with the same bits") {
   }
 }
 
+TEST_CASE("sequences that begin with a mark: targets are the text's own, and the model file says so") {
+  Run run({{"bos", "true"}, {"steps", "2"}, {"eval_tokens", "512"}}), bare;
+  nn::Trainer trainer(run.config), without(bare.config);
+  const auto windows = trainer.held_out_windows(), plain = without.held_out_windows();
+  REQUIRE(windows.size() == plain.size());
+  for (size_t i = 0; i < windows.size(); ++i) {
+    CHECK(windows[i].tokens.select(1, 0).eq(256).all().item<bool>());
+    CHECK(windows[i].tokens.narrow(1, 1, 63).equal(plain[i].tokens.narrow(1, 0, 63)));
+    CHECK(windows[i].targets.equal(plain[i].tokens));
+  }
+  trainer.step();
+  trainer.export_model(run.folder / "m.gguf");
+  const auto loaded = model::Model::load(run.folder / "m.gguf", DType::f32);
+  CHECK(loaded->tokenizer().bos() == 256);
+  nn::TrainConfig further;
+  further.file = run.config.file, further.from = run.folder / "m.gguf";
+  further.settings = {{"length", "64"}, {"bos", "true"}};
+  CHECK(refusal([&] { nn::Trainer t(further); }) == "train: bos = true, expected none: " + further.from + " says it");
+  further.settings.pop_back();
+  CHECK(nn::Trainer(further).held_out_windows()[0].tokens[0][0].item<Index>() == 256);
+}
+
 TEST_CASE("checkpoints that do not fit are refused") {
   Run run;
   nn::Trainer trainer(run.config);
