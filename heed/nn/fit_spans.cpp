@@ -60,6 +60,18 @@ Index best_common_rule(const RuleProblem& p) {
   return best;
 }
 
+// The smallest share of the blocks there are, blocks[k] at length k, that some rule keeps at its worst length.
+double least_density(const RuleProblem& p, const std::vector<Index>& blocks) {
+  double least = 1;
+  for (size_t r = 0; r < static_cast<size_t>(p.rules); ++r) {
+    double share = 0;
+    for (size_t k = 0; k < blocks.size(); ++k)
+      share = std::max(share, static_cast<double>(p.cost[k][r]) / static_cast<double>(blocks[k]));
+    least = std::min(least, share);
+  }
+  return least;
+}
+
 Tensor tensor_of(const std::vector<float>& values) {
   Tensor t(DType::f32, {static_cast<Index>(values.size())});
   std::copy(values.begin(), values.end(), t.as<float>());
@@ -121,7 +133,9 @@ Fitted fit_spans(const model::Gguf& file, const model::MechanismUse& use, const 
     for (Index i = 0; i < info.layers; ++i)
       if (!info.local[static_cast<size_t>(i)]) layers.push_back(i);
 
-  const RuleGrid grid{.shortest = length / 2, .longest = length, .extended = 2 * length, .alpha_step = length / 8};
+  // Twice as fine as the authors': a small density leaves few of their rules.
+  const RuleGrid grid{
+      .shortest = length / 2, .longest = length, .extended = 2 * length, .alpha_step = length / 16, .betas = 17};
   std::vector<SpanRule> rules = candidate_rules(grid);
   std::erase_if(rules, [](const SpanRule& rule) { return rule.alpha < 0; });
   RuleProblem problem{.layers = static_cast<Index>(layers.size()),
@@ -130,14 +144,18 @@ Fitted fit_spans(const model::Gguf& file, const model::MechanismUse& use, const 
                       .least_share = 0};  // see the header
   const Index per_layer = problem.heads * problem.rules;
   problem.loss.assign(static_cast<size_t>(problem.layers * per_layer), 0);
+  std::vector<Index> blocks;
   for (const Index tokens : {length / 2, length, 2 * length}) {
     std::vector<Index>& cost = problem.cost.emplace_back();
     for (const SpanRule& rule : rules) cost.push_back(kept_blocks(rule, tokens, block));
-    const auto all = static_cast<double>(ceil_div(tokens, block) * problem.layers * problem.heads);
+    blocks.push_back(ceil_div(tokens, block));
+    const auto all = static_cast<double>(blocks.back() * problem.layers * problem.heads);
     problem.most.push_back(static_cast<Index>(density * all + 1e-9));
   }
 
-  choose_rules(problem);  // a budget that no choice meets should be known before anything is read
+  // A budget that no choice meets should be known before anything is read.
+  if (const double least = least_density(problem, blocks); density < least)
+    fail_usage("moa: density = {}, expected at least {:.3g} for pieces of {} tokens", density, least, length);
   const auto count = static_cast<Index>(pieces.size());
   const std::vector<Index> lengths{length / 2, length};
   Index done = 0;
