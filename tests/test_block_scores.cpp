@@ -219,3 +219,21 @@ TEST_CASE("mean panels hold the mean of heads") {
     }
   }
 }
+
+TEST_CASE("with a stride every row has its own masses") {
+  const Case c({1, 2, 1, 130, 200, 24, 16});
+  const KeyValues kv = packed(c);
+  const Queries queries(c.q.view(), DType::f32);
+  const Index stride = 208;
+  for (const Index block : {1, 9}) {
+    BlockScores scores{ScoreKeys::of(kv, 0), 0.3f, block};
+    scores.mass_stride = stride;
+    std::vector<float> mass(static_cast<size_t>(60 * stride), 0.0f);
+    scores.weigh(queries, row_block(c, 0, 1, 11, 60), 1, true, nullptr, mass.data(), thread_scratch());
+    for (Index i = 0; i < 60; ++i) {
+      const Weights want = naive_weights(c, 0, 1, {11 + i}, true, 0.3f, block);
+      const auto row = mass.begin() + i * stride;
+      CHECK(worst({row, row + stride}, want.mass) < 4e-6);
+    }
+  }
+}

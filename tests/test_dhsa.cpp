@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <set>
 
 #include "heed/kernel/kernels.h"
 #include "heed/plan/chunks.h"
+#include "support/boundary_predictor.h"
 #include "support/naive.h"
 
 using namespace heed;
@@ -21,12 +23,13 @@ struct DhsaOptions {
   double threshold = 0.5;
   Index global = 8, local = 16, dense_tail = 10;
   std::string pooling = "avg_norm";
+  bool strict = false;
   std::string call() const {
     return fmt::format("dhsa:budget={},query_block={},chunks_per_block={},half_window={},nms_radius={},threshold={},"
                        "global={},local={},"
-                       "dense_tail={},pooling={}",
+                       "dense_tail={},pooling={},strict_causal={}",
                        budget, query_block, chunks_per_block, half_window, nms_radius, threshold, global, local,
-                       dense_tail, pooling);
+                       dense_tail, pooling, strict);
   }
 };
 
@@ -54,9 +57,12 @@ std::vector<Index> boundaries(const DhsaOptions& o, const float* logits, Index n
     if (i < o.half_window - 1 || i >= n - o.half_window) continue;
     if (logits[i] > o.threshold && !(o.dense_tail > 0 && i > question)) order.push_back(i);
   }
-  std::stable_sort(order.begin(), order.end(), [&](Index i, Index j) { return logits[i] > logits[j]; });
+  if (!o.strict) std::stable_sort(order.begin(), order.end(), [&](Index i, Index j) { return logits[i] > logits[j]; });
   for (const Index i : order) {
-    if (static_cast<Index>(accepted.size()) >= most) break;
+    if (!o.strict && static_cast<Index>(accepted.size()) >= most) break;
+    // So many ends as the tokens so far are worth, the question's not among them.
+    const Index before = std::count_if(accepted.begin(), accepted.end(), [&](Index j) { return j < i; });
+    if (o.strict && before >= (i + 1) * o.chunks_per_block / o.query_block) continue;
     bool free = true;
     for (const Index j : accepted) free = free && std::abs(i - j) > o.nms_radius;
     if (free) accepted.push_back(i);
@@ -108,7 +114,11 @@ Naive naive_dhsa(const Case& c, const DhsaOptions& o, const Logits& logits) {
       std::vector<Scored> scored;
       for (size_t i = 0; i < chunk.size(); ++i) {
         Scored x{0, {}};
-        for (Index d = 0; d < s.D; ++d) x.score += chunk[i][static_cast<size_t>(d)] * query[static_cast<size_t>(d)];
+        const bool cut = o.strict && cuts[i] < allowed && allowed < cuts[i + 1];
+        const std::vector<double> visible =
+            cut ? pooled(cuts[i], allowed, s.Hk, [&](Index h, Index t, Index d) { return c.k_at(b, h, t, d); })
+                : chunk[i];
+        for (Index d = 0; d < s.D; ++d) x.score += visible[static_cast<size_t>(d)] * query[static_cast<size_t>(d)];
         for (Index j = cuts[i]; j < std::min(cuts[i + 1], allowed); ++j)
           if (list.count(j) == 0) x.tokens.push_back(j);
         if (!x.tokens.empty()) scored.push_back(x);
@@ -196,6 +206,11 @@ TEST_CASE("dhsa: pooling, budgets and forced tokens") {
   check_dhsa(c, {.query_block = 64, .global = 0, .local = 5}, logits);  // rows that miss their own key
   check_dhsa(c, {.nms_radius = 0, .threshold = -5}, logits);
   check_dhsa(c, {.chunks_per_block = 1, .nms_radius = 20, .dense_tail = 100}, logits);
+  for (const std::string pooling : {"avg_norm", "avg", "max"})
+    for (const bool learned : {false, true})
+      check_dhsa(c, {.query_block = 20, .chunks_per_block = 3, .pooling = pooling, .strict = true},
+                 learned ? logits : Logits{});
+  check_dhsa(Case({2, 4, 2, 259, 259, 40, 24}), {.local = 3, .dense_tail = 0, .strict = true}, random_logits(518, 4));
   check_dhsa(Case({1, 1, 1, 7, 7, 16, 16}),
              {.budget = 4, .query_block = 2, .chunks_per_block = 2, .global = 1, .local = 1, .dense_tail = 1},
              random_logits(7, 1));  // shorter than the predictor's two windows
@@ -246,6 +261,11 @@ TEST_CASE("chunks partition the tokens and keep their distance") {
         std::vector<Index>{9, 10, 11, 26, 40});
   CHECK(ends(cut_at_peaks(Logits(7, 9.0f), {.most = 9, .threshold = 1, .radius = 0, .margin = 4, .forced = -1})) ==
         std::vector<Index>{7});
+  // In order: the first of neighbours, and of the first t tokens at most t/10.
+  CHECK(ends(cut_at_peaks(logits, {.most = 1, .threshold = 1, .radius = 2, .margin = 1, .forced = -1, .per = 10})) ==
+        std::vector<Index>{10, 21, 31, 40});
+  CHECK(ends(cut_at_peaks(logits, {.most = 1, .threshold = 1, .radius = 1, .margin = 1, .forced = 31, .per = 8})) ==
+        std::vector<Index>{9, 21, 32, 40});
   CHECK(ends(cut_evenly(10, 4)) == std::vector<Index>{4, 8, 10});
 }
 
@@ -340,6 +360,48 @@ TEST_CASE("dhsa's softmax is causal; its selection looks ahead, as the method do
           std::memcmp(&got.o[static_cast<size_t>(t * 16)], &straddling.o[static_cast<size_t>(t * 16)], 64) != 0 ? 1 : 0;
   }
   CHECK(changed_rows > 0);
+}
+
+TEST_CASE("strictly causal dhsa looks ahead no farther than a block of queries, and the predictor's windows") {
+  constexpr Index n = 256, d = 16;
+  const Case c({1, 2, 1, n, n, d, d});
+  const Logits logits = random_logits(n, 8);
+  const PredictorWeights predictor(d, 24, 9);
+  for (const Index block : {1, 32}) {
+    const DhsaOptions o{.query_block = block, .chunks_per_block = 1, .dense_tail = 0, .strict = true};
+    for (const bool learned : {false, true}) {
+      const auto outputs = [&](const Case& of, const Logits& given) {
+        AttendInput in = with(of, given);
+        if (learned) in.extra = predictor.tensors();
+        return run(o.call(), in).o;
+      };
+      const std::vector<float> before = outputs(c, logits);
+      // Of the first `end` rows, those that a change of all keys and queries from `from` on, and of all logits from
+      // `end` on, has changed.
+      const auto rows_changed = [&](Index end, Index from) {
+        Case changed = c;
+        for (Index t = from; t < n; ++t)
+          for (Index f = 0; f < d; ++f) {
+            changed.k.set(0, 0, t, f, 3 - c.k_at(0, 0, t, f));
+            for (Index h = 0; h < 2; ++h) changed.q.set(0, h, t, f, 7);
+          }
+        Logits later = logits;
+        for (Index t = end; t < n; ++t) later[static_cast<size_t>(t)] += 3;
+        const std::vector<float> after = outputs(changed, later);
+        Index count = 0;
+        for (Index row = 0; row < 2 * n; ++row)
+          count += row % n < end && std::memcmp(&before[static_cast<size_t>(row * d)],
+                                                &after[static_cast<size_t>(row * d)], 4 * d) != 0
+                       ? 1
+                       : 0;
+        return count;
+      };
+      for (const Index end : {64, 96, 160, 224}) {
+        CHECK(rows_changed(end, end + (learned ? o.half_window : 0)) == 0);
+        CHECK(rows_changed(end, end - 1) > 0);
+      }
+    }
+  }
 }
 
 TEST_CASE("dhsa: chunks at true segment ends recall more than even ones") {

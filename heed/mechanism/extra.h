@@ -17,17 +17,21 @@ inline std::vector<float> values_of(const TensorView& x) {
   return values;
 }
 
-/// Matrix i of a stack x [·, k, n] of real numbers, packed as the right factor of a product: f32 panels of 64 columns.
+/// A matrix x [k, n], row-major, packed as the right factor of a product: f32 panels of 64 columns.
+inline std::vector<float> right_factor(const float* x, Index k, Index n) {
+  std::vector<float> panels(static_cast<size_t>(round_up(n, panel_columns) * k));
+  for (Index f = 0; f < k; ++f)
+    for (Index c = 0; c < n; ++c)
+      panels[static_cast<size_t>((c / panel_columns * k + f) * panel_columns + c % panel_columns)] = x[f * n + c];
+  return panels;
+}
+
+/// Matrix i of a stack x [·, k, n] of real numbers as such a factor.
 inline std::vector<float> matrix_panels(const TensorView& x, Index i) {
   const Index k = x.shape[1], n = x.shape[2];
-  std::vector<float> panels(static_cast<size_t>(round_up(n, panel_columns) * k)), row(static_cast<size_t>(n));
-  for (Index f = 0; f < k; ++f) {
-    read_f32(x.at({i, f}), x.dtype, x.stride[2], n, row.data());
-    for (Index c = 0; c < n; ++c)
-      panels[static_cast<size_t>((c / panel_columns * k + f) * panel_columns + c % panel_columns)] =
-          row[static_cast<size_t>(c)];
-  }
-  return panels;
+  std::vector<float> values(static_cast<size_t>(k * n));
+  for (Index f = 0; f < k; ++f) read_f32(x.at({i, f}), x.dtype, x.stride[2], n, values.data() + f * n);
+  return right_factor(values.data(), k, n);
 }
 
 }  // namespace heed::mechanism

@@ -66,7 +66,8 @@ void BlockScores::weigh(const float* q, Index rows, const std::int32_t* ends, fl
     }
     for (Index i = 0; i < some; ++i)
       kernel.weigh_blocks(maximum + i * count, single ? nullptr : sum + i * count,
-                          round_up(blocks(end_of(row + i)), lanes), largest, mass);
+                          round_up(blocks(end_of(row + i)), lanes), largest,
+                          mass == nullptr ? nullptr : mass + (row + i) * mass_stride);
   }
 }
 

@@ -25,12 +25,14 @@ struct BlockScores {
   ScoreKeys keys;
   float scale = 1;  // natural units, as in Rule
   Index block = 64;
+  Index mass_stride = 0;  // row i's mass is added to mass + i·mass_stride: 0 adds up all rows
 
   Index blocks(Index columns) const { return ceil_div(columns, block); }
 
   /// For rows q [rows, d] (f32; must be exact in bf16 where the keys are bf16), row i seeing keys 0 … ends[i]-1
   /// (null: all keys), and every block b that a row sees:
-  ///   largest[b] = max(largest[b], max over rows i and keys j of b of p_ij),  mass[b] += sum over both of p_ij.
+  ///   largest[b] = max(largest[b], max over rows i and keys j of b of p_ij),  mass[b] += sum over both of p_ij,
+  /// or, with a mass_stride, over j alone into a row of masses for each i.
   /// Either may be null. Both are folded into what the caller put there (zeros, to begin with), and hold blocks(largest
   /// end) rounded up to 16 floats; what stands beyond the last block is left as it is up to adding zero.
   /// A row that sees nothing adds nothing. Scores and weights are f32 in every arithmetic; a call takes twice

@@ -10,18 +10,20 @@ namespace heed {
 std::vector<BlockRange> cut_at_peaks(std::span<const float> scores, const PeakRule& rule) {
   const Index n = static_cast<Index>(scores.size());
   std::vector<char> ends(scores.size(), 0);
+  const bool in_order = rule.per > 0;
   Index accepted = 0, limit = n - rule.margin;
   if (rule.forced >= 0 && rule.forced < n) {
-    ends[static_cast<size_t>(rule.forced)] = 1, accepted = 1;
+    ends[static_cast<size_t>(rule.forced)] = 1, accepted = in_order ? 0 : 1;  // in order, it comes last
     limit = std::min(limit, rule.forced);
   }
   std::vector<Index> candidates;
   for (Index i = std::max<Index>(0, rule.margin - 1); i < limit; ++i)
     if (scores[static_cast<size_t>(i)] > rule.threshold) candidates.push_back(i);
-  std::stable_sort(candidates.begin(), candidates.end(),
-                   [&](Index i, Index j) { return scores[static_cast<size_t>(i)] > scores[static_cast<size_t>(j)]; });
+  if (!in_order)
+    std::stable_sort(candidates.begin(), candidates.end(),
+                     [&](Index i, Index j) { return scores[static_cast<size_t>(i)] > scores[static_cast<size_t>(j)]; });
   for (const Index i : candidates) {
-    if (accepted >= rule.most) break;
+    if (accepted >= (in_order ? rule.most * (i + 1) / rule.per : rule.most)) continue;
     const auto from = ends.begin() + std::max<Index>(0, i - rule.radius),
                to = ends.begin() + std::min(n, i + rule.radius + 1);
     if (std::find(from, to, 1) != to) continue;
@@ -40,21 +42,24 @@ std::vector<BlockRange> cut_evenly(Index tokens, Index length) {
   return chunks;
 }
 
+void pool_key(const KeyValues& kv, const Problem& problem, Index b, const BlockRange& chunk, Pooling pooling,
+              float* out) {
+  std::vector<float> key(static_cast<size_t>(problem.D));
+  pool_tokens(pooling, chunk.begin, chunk.end, problem.Hk, problem.D, out, [&](Index t, Index h, float* row) {
+    kv.read_key(b * problem.Hk + h, t, key.data());
+    for (size_t i = 0; i < key.size(); ++i) row[i] += key[i];
+  });
+}
+
 std::vector<float> pool_keys(const KeyValues& kv, const Problem& problem, Index b, std::span<const BlockRange> chunks,
                              Pooling pooling) {
   const Index d = problem.D, count = static_cast<Index>(chunks.size());
   std::vector<float> panels(static_cast<size_t>(round_up(count, panel_columns) * d));
   parallel_for(ceil_div(count, panel_columns), [&](Index panel, int) {
     const Index first = panel * panel_columns, columns = std::min(panel_columns, count - first);
-    std::vector<float> rows(static_cast<size_t>(columns * d)), key(static_cast<size_t>(d));
-    for (Index c = 0; c < columns; ++c) {
-      const BlockRange& chunk = chunks[static_cast<size_t>(first + c)];
-      pool_tokens(pooling, chunk.begin, chunk.end, problem.Hk, d, rows.data() + c * d,
-                  [&](Index t, Index h, float* row) {
-                    kv.read_key(b * problem.Hk + h, t, key.data());
-                    for (size_t i = 0; i < key.size(); ++i) row[i] += key[i];
-                  });
-    }
+    std::vector<float> rows(static_cast<size_t>(columns * d));
+    for (Index c = 0; c < columns; ++c)
+      pool_key(kv, problem, b, chunks[static_cast<size_t>(first + c)], pooling, rows.data() + c * d);
     kernels().pack_keys_f32(rows.data(), d, columns, d, d, panels.data() + first * d);
   });
   return panels;

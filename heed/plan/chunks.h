@@ -18,10 +18,14 @@ struct PeakRule {
   Index radius = 0;       // no two ends this near
   Index margin = 1;       // tokens before the first and after the last possible end, plus one before
   Index forced = -1;      // an end whatever its score, beyond which there is none; -1: none such
+  // 0: the best ends first. Else they are taken from left to right, whatever comes later: of the first t tokens at most
+  // most·t/per may be ends.
+  Index per = 0;
 };
 
-/// Chunks that cover [0, scores.size()): the best ends first (equal scores: the lower), each farther than `radius`
-/// from all better ones; end i closes the chunk that holds token i. Ends lie in [margin - 1, size - margin).
+/// Chunks that cover [0, scores.size()): the best ends first (equal scores: the lower) or from left to right, each
+/// farther than `radius` from all accepted before; end i closes the chunk that holds token i. Ends lie in
+/// [margin - 1, size - margin).
 std::vector<BlockRange> cut_at_peaks(std::span<const float> scores, const PeakRule& rule);
 
 /// Chunks of `length` tokens, the last one shorter where they do not fit.
@@ -46,6 +50,10 @@ void pool_tokens(Pooling pooling, Index begin, Index end, Index heads, Index d, 
   const float tokens = pooling == Pooling::max ? 1 : pooling == Pooling::avg ? count : std::sqrt(count);
   for (Index i = 0; i < d; ++i) out[i] /= tokens * static_cast<float>(heads);
 }
+
+/// The keys of one chunk of batch b, pooled over tokens and KV heads: out [D].
+void pool_key(const KeyValues& kv, const Problem& problem, Index b, const BlockRange& chunk, Pooling pooling,
+              float* out);
 
 /// The chunks' keys of batch b, pooled over tokens and KV heads, as f32 key panels.
 std::vector<float> pool_keys(const KeyValues& kv, const Problem& problem, Index b, std::span<const BlockRange> chunks,
