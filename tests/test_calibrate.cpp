@@ -5,8 +5,10 @@
 #include <cmath>
 
 #include "heed/base/file.h"
+#include "heed/mechanism/boundary_predictor.h"
 #include "heed/model/calibration.h"
 #include "heed/model/safetensors.h"
+#include "support/boundary_predictor.h"
 #include "support/cases.h"
 #include "support/command.h"
 #include "support/folder.h"
@@ -169,6 +171,46 @@ TEST_CASE("a calibration comes back from its file, and the mechanism reads it") 
               "--calibration: made for seer-attention, expected one for the mechanism moba");
 }
 
+TEST_CASE("tensors that all layers share reach each of them, a layer's own before them") {
+  const TinySizes sizes;
+  const std::unique_ptr<Model> model = load(TinyModel(sizes).file());
+  const Index c = model->info().kv_heads * model->info().head_size, half = 4;
+  const PredictorWeights shared(c, 8, 1), own(c, 8, 2);
+  const auto put = [](NamedTensors& to, const std::string& name, const TensorView& x) {
+    Tensor copy(x.dtype, x.shape);
+    std::memcpy(copy.data(), x.data, static_cast<size_t>(copy.bytes()));
+    to.emplace(name, std::move(copy));
+  };
+  Calibration made;
+  made.mechanism = "dhsa", made.params = {{"threshold", "-0.5"}, {"predictor_heads", "2"}};
+  for (const auto& [name, x] : shared.tensors()) put(made.all, name, x);
+  put(made.all, "note", shared.tensors().at("predictor_score"));  // a record that the mechanism does not read
+  put(made.layers[1], "predictor_score", own.tensors().at("predictor_score"));
+  const Folder folder;
+  write_calibration(folder / "all", made);
+  const auto read = std::make_shared<const Calibration>(read_calibration(folder / "all"));
+  CHECK(read->all.size() == 6);
+  CHECK(read->layers.at(1).size() == 1);
+
+  SessionOptions o = options(length, 32, "dhsa:budget=40,query_block=16,global=8,local=8,dense_tail=8");
+  o.use.calibration = read;
+  Session session(*model, o);
+  Index layers = 0;
+  session.observe_inputs([&](Index layer, const Inputs& in) {
+    ++layers;
+    CHECK(in.extra.size() == 5);
+    CHECK(static_cast<const float*>(in.find("predictor_score")->data)[0] == (layer == 1 ? own : shared).score[0]);
+    CHECK(mechanism::BoundaryPredictor::of(in, half, 2).has_value());
+  });
+  session.prefill(random_tokens(length));
+  CHECK(layers == 2);
+  TinySizes other = sizes;
+  other.kv_heads = 4;
+  CHECK_FAILS(Session(*load(TinyModel(other).file()), o), Error,
+              fmt::format("predictor_qkv: shape = [3, {0}, {0}], expected [3, {1}, {1}]: [3, C, C], C = Hk·D", c,
+                          4 * model->info().head_size));
+}
+
 TEST_CASE("files that are no calibration are refused in one line") {
   const Folder folder;
   const std::string path = folder / "plain.safetensors";
@@ -176,10 +218,10 @@ TEST_CASE("files that are no calibration are refused in one line") {
   write_safetensors(path, {{"q", x.view()}});
   CHECK_FAILS(read_calibration(path), Error,
               path + ": no \"mechanism\" in its metadata, expected a file that heed calibrate wrote");
-  for (const char* name : {"q", "layers.x.wk", "layers.-1.wk", "layers.1.", "layers.1"}) {
+  for (const char* name : {"q", "layers.x.wk", "layers.-1.wk", "layers.1.", "layers.1", "all.", "all"}) {
     write_safetensors(path, {{name, x.view()}}, {{"mechanism", "seer-attention"}});
     CHECK_FAILS(read_calibration(path), Error,
-                fmt::format("{}: tensor {}, expected names such as layers.0.NAME", path, name));
+                fmt::format("{}: tensor {}, expected names such as layers.0.NAME or all.NAME", path, name));
   }
   CHECK_THROWS_AS(learn(*load(TinyModel(TinySizes{}).file()), "moba", random_tokens(20)), UsageError);
 }

@@ -11,7 +11,7 @@
 namespace heed::model {
 namespace {
 
-constexpr std::string_view prefix = "layers.";
+constexpr std::string_view prefix = "layers.", shared_prefix = "all.";
 
 std::string title_of(const ModelInfo& info) { return info.architecture + " " + info.name; }
 
@@ -58,8 +58,10 @@ Calibration read_calibration(const std::string& path) {
   for (const std::string& text : file.names()) {
     Index layer = 0;
     std::string name;
-    if (!take_apart(text, layer, name)) fail("{}: tensor {}, expected names such as layers.0.NAME", path, text);
-    c.layers[layer].emplace(name, copy_of(file.tensor(text)));
+    if (take_apart(text, layer, name)) c.layers[layer].emplace(name, copy_of(file.tensor(text)));
+    else if (text.starts_with(shared_prefix) && text.size() > shared_prefix.size())
+      c.all.emplace(text.substr(shared_prefix.size()), copy_of(file.tensor(text)));
+    else fail("{}: tensor {}, expected names such as layers.0.NAME or all.NAME", path, text);
   }
   return c;
 }
@@ -69,6 +71,8 @@ void write_calibration(const std::string& path, const Calibration& calibration) 
   for (const auto& [layer, named] : calibration.layers)
     for (const auto& [name, tensor] : named)
       tensors.emplace_back(fmt::format("{}{}.{}", prefix, layer, name), tensor.view());
+  for (const auto& [name, tensor] : calibration.all)
+    tensors.emplace_back(fmt::format("{}{}", shared_prefix, name), tensor.view());
   std::string params;
   for (const auto& [name, value] : calibration.params) params += (params.empty() ? "" : ",") + name + "=" + value;
   write_safetensors(path, tensors,

@@ -5,11 +5,13 @@
 
 namespace heed::model {
 
-/// Tensor NAME of layer L is called layers.L.NAME in the file; mechanism, model and parameters stand in its metadata.
+/// Tensor NAME of layer L is called layers.L.NAME in the file, one that all layers share all.NAME; mechanism, model and
+/// parameters stand in its metadata.
 struct Calibration {
-  std::string mechanism, model;   // model: its architecture and name
-  ParamTexts params;              // given to the mechanism where the user says nothing else
+  std::string mechanism, model;  // model: its architecture and name
+  ParamTexts params;  // given to the mechanism where the user says nothing else
   std::map<Index, NamedTensors> layers;
+  NamedTensors all;  // given to every layer that has no tensor of that name itself
 
   /// `call` with the parameters it leaves open. Throws UsageError when this was made for another mechanism.
   MechanismCall complete(const MechanismCall& call) const;

@@ -26,10 +26,19 @@ Chosen::Chosen(const MechanismCall& call, const Calibration* calibration)
     : mechanism(&find_mechanism(call.name)),
       params(mechanism->name, mechanism->params, (calibration == nullptr ? call : calibration->complete(call)).params) {
   if (calibration == nullptr) return;
-  for (const auto& [layer, tensors] : calibration->layers)
+  const auto views_of = [&](const NamedTensors& tensors) {
+    Extra views;
     for (const ExtraSpec& spec : mechanism->extras)  // a file may hold more than the mechanism reads: a record
       if (const auto tensor = tensors.find(spec.name); tensor != tensors.end())
-        extra[layer].emplace(spec.name, tensor->second.view());
+        views.emplace(spec.name, tensor->second.view());
+    return views;
+  };
+  shared = views_of(calibration->all);
+  for (const auto& [layer, tensors] : calibration->layers) {
+    Extra views = views_of(tensors);
+    views.insert(shared.begin(), shared.end());
+    own.emplace(layer, std::move(views));
+  }
 }
 
 Forward::Forward(const Model& model, DType kv, Index context, Index rewind)
@@ -167,7 +176,7 @@ void Forward::attend(Index layer, const Chosen& how, const float* q, Index n, fl
   in.kv = &kv;
   in.memory = &memories_[static_cast<size_t>(layer)];
   in.prompt = prompt_ > 0 ? prompt_ : kv.size();
-  if (const auto extra = how.extra.find(layer); extra != how.extra.end()) in.extra = extra->second;
+  in.extra = how.extra(layer);
   if (inputs_observer) inputs_observer(layer, in);
   double plan_s = 0;
   const Plan plan = [&] {

@@ -25,9 +25,15 @@ class Stopwatch {
 
 /// A mechanism with its parameters checked, and what it learned of each layer.
 struct Chosen {
+  using Extra = std::map<std::string, TensorView, std::less<>>;
   const Mechanism* mechanism;
   Params params;
-  std::map<Index, std::map<std::string, TensorView, std::less<>>> extra;  // by layer
+  Extra shared;                   // of layers that have nothing of their own
+  std::map<Index, Extra> own;     // by layer, with what is shared
+  const Extra& extra(Index layer) const {
+    const auto it = own.find(layer);
+    return it == own.end() ? shared : it->second;
+  }
   explicit Chosen(const MechanismCall& call, const Calibration* calibration = nullptr);
 };
 

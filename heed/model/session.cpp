@@ -33,7 +33,6 @@ void check_mechanism(const Mechanism& m) {
 void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv, bool decoding) {
   constexpr Index tokens = 64;
   const Mechanism& m = *chosen.mechanism;
-  const auto learned = chosen.extra.find(layer);
   Inputs in;
   in.problem = {.B = 1,
                 .Hq = info.heads,
@@ -43,7 +42,7 @@ void try_plan(const Chosen& chosen, const ModelInfo& info, Index layer, DType kv
                 .D = info.head_size,
                 .Dv = info.head_size,
                 .causal = true};
-  if (learned != chosen.extra.end()) in.extra = learned->second;
+  in.extra = chosen.extra(layer);
   for (const ExtraSpec& extra : m.extras)
     if (extra.required && in.find(extra.name) == nullptr)
       fail_usage("{} cannot run on a model: layer {} lacks the tensor {}, expected a --calibration that has it", m.name,
