@@ -19,16 +19,16 @@ CLI::App* CalibrateOptions::add(CLI::App& app) {
       ->check(whole_number(0))
       ->type_name("N");
   command
-      ->add_option(
-          "--pieces", pieces,
-          "seer-attention, moa: read this many pieces, spread over the text, of --tokens tokens (4096; moa 2048) "
-          "[8]")
+      ->add_option("--pieces", pieces,
+                   "seer-attention, dhsa, moa: read this many pieces, spread over the text, of --tokens tokens (4096; "
+                   "dhsa and moa "
+                   "2048) [8]")
       ->check(whole_number(1))
       ->type_name("N");
-  command->add_option("--steps", steps, "seer-attention: steps of AdamW a layer [300]")
+  command->add_option("--steps", steps, "seer-attention: steps of AdamW a layer [300]; dhsa: in all [400]")
       ->check(whole_number(1))
       ->type_name("N");
-  command->add_option("--lr", lr, "seer-attention: rate of these steps, at most [0.001]")
+  command->add_option("--lr", lr, "seer-attention, dhsa: rate of these steps, at most [0.001; dhsa 0.003]")
       ->check(real_number(1e-9, 10))
       ->type_name("X");
   command->add_option("--density", density, "moa: share of the keys that heads may keep, on average [0.5]")
@@ -40,7 +40,8 @@ CLI::App* CalibrateOptions::add(CLI::App& app) {
       "Examples:\n"
       "  heed calibrate model.gguf --mechanism proxy-attn --file book.txt --tokens 2000 -o proxy.safetensors\n"
       "  heed run model.gguf --file book.txt --mechanism proxy-attn --calibration proxy.safetensors\n\n"
-      "seer-attention's gate and moa's spans are fitted, which takes a heed that was built with libtorch:\n"
+      "seer-attention's gate, dhsa's boundary predictor and moa's spans are fitted, which takes a heed that was built "
+      "with libtorch:\n"
       "  heed calibrate model.gguf --mechanism seer-attention --file book.txt --skip 8000 -o gate.safetensors\n"
       "  heed compare model.gguf --file book.txt --tokens 8000 --mechanism dense \\\n"
       "    --mechanism seer-attention:density=0.15 --calibration gate.safetensors\n\n"
@@ -56,7 +57,7 @@ bool CalibrateOptions::fits() const {
 
 MechanismCall CalibrateOptions::call() const {
   const MechanismCall named = model.mechanism.calls({"dense"}).front();
-  const bool gate = named.name == "seer-attention", spans = named.name == "moa";
+  const bool spans = named.name == "moa", steps_of = named.name == "seer-attention" || named.name == "dhsa";
   if (!fits()) check_calibrates(find_mechanism(named.name));
   if (from_tensors()) {
     if (!model.file.empty()) fail_usage("calibrate: --file, expected only with a model");
@@ -68,32 +69,37 @@ MechanismCall CalibrateOptions::call() const {
   const auto only = [&](bool given, const char* option, bool fitting, const char* owners) {
     if (given && !(fits() && fitting)) fail_usage("calibrate: {}, expected only with {} and a model", option, owners);
   };
-  only(pieces.has_value(), "--pieces", gate || spans, "seer-attention or moa");
-  only(steps.has_value(), "--steps", gate, "seer-attention");
-  only(lr.has_value(), "--lr", gate, "seer-attention");
+  only(pieces.has_value(), "--pieces", steps_of || spans, "seer-attention, dhsa or moa");
+  only(steps.has_value(), "--steps", steps_of, "seer-attention or dhsa");
+  only(lr.has_value(), "--lr", steps_of, "seer-attention or dhsa");
   only(density.has_value(), "--density", spans, "moa");
   return named;
 }
 
 Json calibration_json(const model::Calibration& c, Index tokens) {
-  Json params = Json::object(), layers = Json::array();
-  for (const auto& [name, value] : c.params) params[name] = value;
-  for (const auto& [layer, named] : c.layers) {
+  const auto shapes = [](const NamedTensors& named) {
     Json tensors = Json::object();
     for (const auto& [name, tensor] : named) tensors[name] = tensor.shape();
-    layers.push_back({{"layer", layer}, {"tensors", tensors}});
-  }
-  return {{"mechanism", c.mechanism}, {"model", c.model}, {"tokens", tokens}, {"params", params}, {"layers", layers}};
+    return tensors;
+  };
+  Json params = Json::object(), layers = Json::array();
+  for (const auto& [name, value] : c.params) params[name] = value;
+  for (const auto& [layer, named] : c.layers) layers.push_back({{"layer", layer}, {"tensors", shapes(named)}});
+  return {{"mechanism", c.mechanism}, {"model", c.model}, {"tokens", tokens},
+          {"params", params},         {"layers", layers}, {"all", shapes(c.all)}};
 }
 
 std::string calibration_text(const model::Calibration& c) {
   Index bytes = 0;
-  for (const auto& [layer, named] : c.layers)
+  const auto count = [&](const NamedTensors& named) {
     for (const auto& [name, tensor] : named) bytes += tensor.bytes();
+  };
+  for (const auto& [layer, named] : c.layers) count(named);
+  count(c.all);
   std::string params;
   for (const auto& [name, value] : c.params) params += fmt::format(" {}={}", name, value);
-  return fmt::format("{} layers, {}{}{}", c.layers.size(), bytes_text(bytes), params.empty() ? "" : ", parameters",
-                     params);
+  return fmt::format("{}, {}{}{}", c.all.empty() ? fmt::format("{} layers", c.layers.size()) : "one for all layers",
+                     bytes_text(bytes), params.empty() ? "" : ", parameters", params);
 }
 
 }  // namespace heed::cli

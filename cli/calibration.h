@@ -31,7 +31,7 @@ struct CalibrateOptions {
 
 /// What was learned as one object.
 Json calibration_json(const model::Calibration& c, Index tokens);
-/// "30 layers, 12.7 MiB, parameters block=64".
+/// "30 layers, 12.7 MiB, parameters block=64", or "one for all layers, …".
 std::string calibration_text(const model::Calibration& c);
 
 }  // namespace heed::cli

@@ -12,6 +12,7 @@
 #include "heed/plan/chunks.h"
 #include "support/boundary_predictor.h"
 #include "support/naive.h"
+#include "support/segments.h"
 
 using namespace heed;
 using namespace heed::test;
@@ -405,66 +406,27 @@ TEST_CASE("strictly causal dhsa looks ahead no farther than a block of queries, 
 }
 
 TEST_CASE("dhsa: chunks at true segment ends recall more than even ones") {
-  // Segments of 8 … 64 tokens, keys = centroid + noise; each block of queries asks for one earlier segment.
-  constexpr Index n = 2048, block = 32, d = 16, budget = 96;
-  double recall[2] = {0, 0};
-  Index asked = 0;
+  constexpr Index n = 2048, block = 32, trials = 3;
+  double even = 0, dynamic = 0;
   std::mt19937_64 random(17);
-  std::normal_distribution<double> normal;
-  for (int trial = 0; trial < 3; ++trial) {
-    Case c({1, 1, 1, n, n, d, 1});
-    Logits truth(n, -5.0f);
-    std::vector<Index> segment_of(n), first{0};
-    std::vector<std::vector<double>> centre;
-    for (Index begin = 0, id = 0; begin < n; ++id) {
-      const Index end = std::min<Index>(n, begin + 8 + static_cast<Index>(random() % 57));
-      std::vector<double> x;
-      for (Index i = 0; i < d; ++i) x.push_back(normal(random));
-      centre.push_back(x);
-      for (Index j = begin; j < end; ++j) {
-        segment_of[static_cast<size_t>(j)] = id;
-        for (Index i = 0; i < d; ++i) c.k.set(0, 0, j, i, x[static_cast<size_t>(i)] + normal(random));
-      }
-      truth[static_cast<size_t>(end - 1)] = 5 + static_cast<float>(id % 7);
-      begin = end;
-    }
-    std::vector<Index> wanted;
-    for (Index u = 0; u < n / block; ++u) {
-      const Index id =
-          segment_of[static_cast<size_t>(random() % static_cast<std::uint64_t>(std::max<Index>(1, u * block)))];
-      wanted.push_back(id);
-      for (Index t = u * block; t < (u + 1) * block; ++t)
-        for (Index i = 0; i < d; ++i)
-          c.q.set(0, 0, t, i, centre[static_cast<size_t>(id)][static_cast<size_t>(i)] + 0.5 * normal(random));
-    }
-    for (const bool learned : {false, true}) {
-      const DhsaOptions o{.budget = budget,
-                          .query_block = block,
-                          .chunks_per_block = 1,
-                          .nms_radius = 4,
-                          .threshold = 1.1,
-                          .global = 0,
-                          .local = block,
-                          .dense_tail = 0};
-      const Logits logits = learned ? truth : Logits{};
-      const AttendInput in = with(c, logits);
-      const Plan plan = plan_of(MechanismCall::parse(o.call()), in);
-      walk(plan, [&](const RowBlock& rows, const std::vector<Tile>& tiles) {
-        if (rows.first < 1024) return;  // the budget must be scarce
-        const Index id = wanted[static_cast<size_t>(rows.first / block)];
-        Index held = 0, size = 0;
-        for (const Index s : segment_of) size += s == id ? 1 : 0;
-        for (const Tile& tile : tiles)
-          for (Index r = 0; r < tile.columns.count; ++r)
-            held += segment_of[static_cast<size_t>(tile.columns[r])] == id && sees(plan, rows, tile, rows.rows - 1, r)
-                        ? 1
-                        : 0;
-        recall[learned ? 1 : 0] += static_cast<double>(held) / static_cast<double>(size);
-        asked += learned ? 1 : 0;
-      });
-    }
+  for (Index trial = 0; trial < trials; ++trial) {
+    const Segments s(n, 16, block, random);
+    Logits truth;
+    for (Index i = 0; i < n; ++i)
+      truth.push_back(s.ends_after(i) ? 5 + static_cast<float>(s.segment_of[static_cast<size_t>(i)] % 7) : -5.0f);
+    const DhsaOptions o{.budget = 96,
+                        .query_block = block,
+                        .chunks_per_block = 1,
+                        .nms_radius = 4,
+                        .threshold = 1.1,
+                        .global = 0,
+                        .local = block,
+                        .dense_tail = 0};
+    const MechanismCall call = MechanismCall::parse(o.call());
+    // From row 1024 on the budget is scarce.
+    even += s.recall(plan_of(call, s.c.input()), 1024) / trials;
+    dynamic += s.recall(plan_of(call, with(s.c, truth)), 1024) / trials;
   }
-  const double even = recall[0] / static_cast<double>(asked), dynamic = recall[1] / static_cast<double>(asked);
   CAPTURE(even);
   CAPTURE(dynamic);
   CHECK(dynamic >= even + 0.1);

@@ -11,6 +11,7 @@
 #include "cli/torch/commands.h"
 #include "heed/base/file.h"
 #include "heed/base/threads.h"
+#include "heed/nn/fit_boundaries.h"
 #include "heed/nn/fit_gate.h"
 #include "heed/nn/fit_spans.h"
 
@@ -30,8 +31,11 @@ void report(const CalibrateOptions& options, const nn::Fitted& fitted, const nn:
   if (options.json) {
     Json json = calibration_json(fitted.calibration, tokens);
     json["measure"] = fitted.measure;
-    for (size_t i = 0; i < fitted.layers.size(); ++i)
-      json["layers"][i]["before"] = fitted.layers[i].before, json["layers"][i]["after"] = fitted.layers[i].after;
+    for (size_t i = 0; i < fitted.layers.size(); ++i) {  // what all layers share has no layers of its own
+      Json& layer = json["layers"][i];
+      layer["layer"] = fitted.layers[i].layer;
+      layer["before"] = fitted.layers[i].before, layer["after"] = fitted.layers[i].after;
+    }
     print(json_text(json));
     return;
   }
@@ -47,13 +51,13 @@ void calibrate(const CalibrateOptions& options) {
   if (!options.fits()) fail_usage("calibrate: {}, expected a mechanism that is fitted to a model", call.name);
   const OpenedModel opened(options.model);
   const model::MechanismUse use = options.model.uses({call}, opened.info()).front();
-  const bool spans = call.name == "moa";
-  // Gradients keep every layer's activations.
-  const Index usual = std::min<Index>(spans ? 2048 : 4096, opened.context());
+  const bool spans = call.name == "moa", boundaries = call.name == "dhsa";
+  // Gradients keep every layer's activations; boundaries the keys of all pieces and layers.
+  const Index usual = std::min<Index>(spans || boundaries ? 2048 : 4096, opened.context());
   const Index length = options.model.tokens > 0 ? options.model.tokens : usual;
   const nn::Pieces pieces =
       opened.pieces(read_file(options.model.file), options.skip, options.pieces.value_or(usual_pieces), length);
-  nn::FitOptions how;
+  nn::FitOptions how = boundaries ? nn::boundary_fit_options() : nn::FitOptions{};
   how.steps = options.steps.value_or(how.steps), how.lr = options.lr.value_or(how.lr);
 
   const HoldInterrupts hold;
@@ -65,7 +69,8 @@ void calibrate(const CalibrateOptions& options) {
   const auto fit = [&]() -> nn::Fitted {
     if (spans) return nn::fit_spans(opened.file(), use, pieces, options.density.value_or(usual_density), progress);
     const auto loaded = opened.load(length, 4 * length * opened.info().width * static_cast<Index>(sizeof(float)));
-    return nn::fit_gates(*loaded, use, pieces, options.model.chunk, dtype_named(options.model.kv), how, progress);
+    const auto learn = boundaries ? nn::fit_boundaries : nn::fit_gates;
+    return learn(*loaded, use, pieces, options.model.chunk, dtype_named(options.model.kv), how, progress);
   };
   const nn::Fitted fitted = fit();
   line.clear();

@@ -182,6 +182,7 @@ const Mechanism& dhsa() {
       .plan = plan_dhsa,
       .plan_gradient = always,
       .calibrate = calibrate_dhsa,
+      .fitted = true,
   };
   return m;
 }

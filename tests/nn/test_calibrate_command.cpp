@@ -61,6 +61,27 @@ TEST_CASE("a gate and spans are fitted, and run and compare use them") {
   CHECK_MESSAGE(run.code == 0, run.err);
 }
 
+TEST_CASE("one boundary predictor is fitted for all layers, and run uses it") {
+  const Files f;
+  const std::string dhsa = "dhsa:budget=64,query_block=16,global=8,local=16,dense_tail=8";
+  const Finished fitted = heed_command(f.command(
+      dhsa, {"--tokens", "200", "--pieces", "3", "--steps", "10", "--lr", "0.002", "--skip", "50", "--json"}));
+  REQUIRE_MESSAGE(fitted.code == 0, fitted.err);
+  const nlohmann::json json = fitted.json();
+  CHECK(json["tokens"] == 600);
+  CHECK(json["all"]["predictor_qkv"] == nlohmann::json{3, 24, 24});
+  CHECK(json["params"]["predictor_heads"] == "4");
+  CHECK(json["measure"] == "F1 of boundaries, every gap called one before");
+  REQUIRE(json["layers"].size() == 2);
+  CHECK(json["layers"][1]["layer"] == 1);
+  CHECK(json["layers"][1]["after"].get<double>() >= 0);
+  const Finished run = heed_command({"run", f.model, "--file", f.text, "--tokens", "300", "--mechanism",
+                                     "dhsa:budget=64", "--calibration", f.out, "-n", "2"});
+  CHECK_MESSAGE(run.code == 0, run.err);
+  const Finished told = heed_command(f.command(dhsa, {"--tokens", "100", "--pieces", "2", "--steps", "2"}));
+  CHECK(told.out.find(f.out + ": dhsa fitted to 2 pieces of 100 tokens: one for all layers, ") == 0);
+}
+
 TEST_CASE("Ctrl-C leaves no file") {
   const Files f;
   CommandOptions stop;
@@ -83,13 +104,15 @@ TEST_CASE("what cannot be fitted is refused in one line") {
     CHECK(Folder::names_in(f.folder.path()) == std::vector<std::string>{"text", "tiny.gguf"});
   };
   bad("seer-attention", {"--density", "0.5"}, 2, "calibrate: --density, expected only with moa and a model");
-  bad("proxy-attn", {"--pieces", "2"}, 2, "calibrate: --pieces, expected only with seer-attention or moa and a model");
-  bad("moa", {"--steps", "9"}, 2, "calibrate: --steps, expected only with seer-attention and a model");
+  bad("proxy-attn", {"--pieces", "2"}, 2,
+      "calibrate: --pieces, expected only with seer-attention, dhsa or moa and a model");
+  bad("moa", {"--steps", "9"}, 2, "calibrate: --steps, expected only with seer-attention or dhsa and a model");
   bad("seer-attention", {"--steps", "0"}, 2, "--steps: 0, expected an integer >= 1; see heed calibrate --help");
   bad("seer-attention:oracle=true,block=8", {"--tokens", "64"}, 2,
       "seer-attention: oracle = true, expected false where a gate is fitted");
   bad("seer-attention", {"--tokens", "64", "--pieces", "1"}, 1,
       "pieces of 64 tokens, expected at least two blocks of 64");
+  bad("dhsa", {"--tokens", "15"}, 1, "pieces of 15 tokens, expected at least 16: four times half_window = 4");
   const Finished few = heed_command(f.command("seer-attention", {"--tokens", "500", "--pieces", "999"}));
   CHECK(few.code == 1);
   CHECK(few.err.find(" tokens, expected at least ") != std::string::npos);
