@@ -68,8 +68,9 @@ double best_boundary_threshold(const std::vector<BoundaryLesson>& lessons, const
 /// called a boundary, which is the best that can be said without looking, and of the predictor's logits above the
 /// threshold. The calibration holds the tensors for all layers, and half_window, predictor_heads and a threshold among
 /// its parameters: best_boundary_threshold() of the pieces trained on, unless the call gives one. The focal loss keeps
-/// logits near 0, so that hardly any exceeds the authors' 1.1; how many chunks there may be is up to the plan. Keeps pieces · layers · tokens · C floats. Throws UsageError where predictor_heads does not
-/// divide C, Error for pieces shorter than 4·half_window.
+/// logits near 0, so that hardly any exceeds the authors' 1.1; how many chunks there may be is up to the plan. Keeps
+/// pieces · layers · tokens · C floats. Throws UsageError where predictor_heads does not divide C, Error for pieces
+/// shorter than 4·half_window.
 Fitted fit_boundaries(const model::Model& model, const model::MechanismUse& use, const Pieces& pieces, Index chunk,
                       DType kv, const FitOptions& options, const FitProgress& progress = {});
 
