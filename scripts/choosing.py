@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Measures every mechanism that runs on a model at about the same density, and renders what docs/choosing.md shows.
 
+    scripts/choosing.py fit smollm2|gemma3                  what is fitted to the model: build/choosing/MODEL-NAME.safetensors
     scripts/choosing.py measure smollm2|gemma3 [NAME ...]   what is lost: build/choosing/MODEL-NAME.json
-    scripts/choosing.py time smollm2|gemma3                 how fast: build/choosing/MODEL-times.json; wants a quiet machine
+    scripts/choosing.py time smollm2|gemma3                 how fast: build/choosing/MODEL-times*.json; wants a quiet machine
     scripts/choosing.py render                              the tables of docs/choosing.md, and docs/choosing.svg
 
-Both are runs of heed compare. A measurement that exists is not repeated: delete its file. Only Python's standard library is used.
+They are runs of heed calibrate, which then needs libtorch, and of heed compare. A file that exists is not made again: delete it.
+Fitted mechanisms are measured where they were fitted before. Only Python's standard library is used.
 """
 import json
 import math
@@ -43,61 +45,87 @@ CALLS = {
     "psa": "psa:ratios=1:.06,2:.1,4:.15,8:.3",
     "blockrank": "blockrank:segment=300",
 }
+# The same with what `heed calibrate` learned from the text behind the measured part, and how it is told to.
+FITTED = {
+    "moa-fitted": ("moa", ["--density", "0.125", "--pieces", "4", "--tokens", "4096"]),
+    "dhsa-fitted": (CALLS["dhsa"], ["--pieces", "8", "--tokens", "2048"]),
+    "seer-attention-fitted": ("seer-attention:density=0.13", ["--pieces", "8", "--tokens", "4096"]),
+}
+EVERY = CALLS | {name: call for name, (call, _) in FITTED.items()}
 
 
-def compare(model, calls, out, extra):
-    command = [
-        os.environ.get("HEED_COMMAND", str(ROOT / "build/bin/heed")), "compare", str(CACHE / MODELS[model]["file"]),
-        "--file", str(CACHE / "bible-kjv.txt"), "--tokens", str(TOKENS), "--json", str(out), *extra,
-    ]
-    for name in calls:
-        command += ["--mechanism", CALLS[name].format(**MODELS[model])]
+def heed(model, command, options):
     RESULTS.mkdir(parents=True, exist_ok=True)
-    print(model, *calls, flush=True)
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-        print(f"{model} {' '.join(calls)}: failed", file=sys.stderr)
+    program = os.environ.get("HEED_COMMAND", str(ROOT / "build/bin/heed"))
+    text = ["--file", str(CACHE / "bible-kjv.txt")]
+    words = [program, command, str(CACHE / MODELS[model]["file"]), *text, *options]
+    if subprocess.run(words, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+        print(f"{' '.join(words)}: failed", file=sys.stderr)
+
+
+def fitted(model, name):
+    return RESULTS / f"{model}-{name}.safetensors"
+
+
+def fit(model):
+    for name, (call, how) in FITTED.items():
+        if not fitted(model, name).exists():
+            print(model, name, flush=True)
+            # Parameters are said when it is used: what was given here would be kept.
+            what = ["--mechanism", call.split(":")[0], "--skip", str(TOKENS), "-o", str(fitted(model, name))]
+            heed(model, "calibrate", [*what, *how])
+
+
+def compare(model, names, out, extra):
+    if out.exists() or not all(fitted(model, n).exists() for n in names if n in FITTED):
+        return
+    options = ["--tokens", str(TOKENS), "--json", str(out), *extra]
+    for name in names:
+        options += ["--mechanism", EVERY[name].format(**MODELS[model])]
+        if name in FITTED:
+            options += ["--calibration", str(fitted(model, name))]
+    print(model, *names, flush=True)
+    heed(model, "compare", options)
 
 
 def measure(model, names):
     about = MODELS[model]
     tasks = ["--task", "perplexity,passkey,copy", "--passkey-length", str(about["length"]), "--copy-gap", str(about["gap"])]
-    for name in names or CALLS:
-        out = RESULTS / f"{model}-{name}.json"
-        if not out.exists():
-            compare(model, [name], out, tasks)
+    for name in names or EVERY:
+        compare(model, [name], RESULTS / f"{model}-{name}.json", tasks)
+
+
+# The runs that are timed: dense attention is in each, as only what one run measured is divided.
+def timed(model):
+    runs = [("times", list(CALLS))] + [(f"times-{name}", ["dense", name]) for name in FITTED]
+    return [(names, RESULTS / f"{model}-{run}.json") for run, names in runs]
 
 
 def time(model):
-    out = RESULTS / f"{model}-times.json"
-    if not out.exists():
+    for names, out in timed(model):
         # The shortest task there is: the document is read and timed, and nothing is scored.
-        compare(model, list(CALLS), out, ["--task", "copy", "--copy-gap", "1"])
+        compare(model, names, out, ["--task", "copy", "--copy-gap", "1"])
 
 
-# Rows by name: what was lost, and the seconds of the timed run where there was one.
+# Rows by name: what was lost, and how many times faster than dense attention the timed run was, where there was one.
 def load(model):
     rows = {}
-    for name in CALLS:
+    for name in EVERY:
         path = RESULTS / f"{model}-{name}.json"
         if path.exists():
             whole = json.loads(path.read_text())
-            rows[name] = whole["mechanisms"][0] | {"machine": whole["machine"], "isa": whole["isa"]}
-            rows[name] |= {"prefill_s": None, "attention_s": None}
-    times = RESULTS / f"{model}-times.json"
-    if times.exists():
-        for name, row in zip(CALLS, json.loads(times.read_text())["mechanisms"]):
-            if name in rows:
-                rows[name] |= {"prefill_s": row["prefill_s"], "attention_s": row["attention_s"]}
+            rows[name] = whole["mechanisms"][0] | {"machine": whole["machine"], "isa": whole["isa"], "faster": {}}
+    for names, path in timed(model):
+        if path.exists():
+            measured = dict(zip(names, json.loads(path.read_text())["mechanisms"]))
+            for name, row in measured.items():
+                if name in rows:
+                    rows[name]["faster"] = {k: measured["dense"][k] / row[k] for k in ("prefill_s", "attention_s")}
     return rows
 
 
-def faster(dense, row, key):
-    return dense[key] / row[key] if dense[key] and row[key] else None
-
-
-def ratio(dense, row, key):
-    x = faster(dense, row, key)
-    return f"{x:.2f} ×" if x else "–"
+def ratio(row, key):
+    return f"{row['faster'][key]:.2f} ×" if row["faster"] else "–"
 
 
 def table(about, rows):
@@ -111,8 +139,8 @@ def table(about, rows):
         copies = r["tasks"]["copy"]
         second = sum(c["nll_second"] for c in copies) / len(copies)
         lines.append(
-            f"| `{CALLS[name].format(**about)}` | {100 * r['density']:.1f} % | {ratio(dense, r, 'prefill_s')} | "
-            f"{ratio(dense, r, 'attention_s')} | {r['ppl']:.2f} | "
+            f"| `{EVERY[name].format(**about)}`{', fitted' if name in FITTED else ''} | {100 * r['density']:.1f} % | "
+            f"{ratio(r, 'prefill_s')} | {ratio(r, 'attention_s')} | {r['ppl']:.2f} | "
             f"{sum(k['found'] for k in keys)}/{len(keys)} | {second:.2f} |"
         )
     first = [c["nll_first"] for c in dense["tasks"]["copy"]]
@@ -145,7 +173,7 @@ def svg(models):
     ]
     for i, (model, rows) in enumerate(models.items()):
         dense = rows["dense"]
-        data = [(faster(dense, r, "attention_s") or 1, r["nll"] - dense["nll"], n, r) for n, r in rows.items()]
+        data = [(r["faster"].get("attention_s", 1), r["nll"] - dense["nll"], n, r) for n, r in rows.items()]
         top = max(d[0] for d in data) * 1.12
         high = max(d[1] for d in data) * 1.08 + 1e-9
         low = min(0, min(d[1] for d in data)) - 0.03 * high
@@ -211,8 +239,8 @@ def render():
 if __name__ == "__main__":
     if len(sys.argv) >= 3 and sys.argv[1] == "measure" and sys.argv[2] in MODELS:
         measure(sys.argv[2], sys.argv[3:])
-    elif len(sys.argv) == 3 and sys.argv[1] == "time" and sys.argv[2] in MODELS:
-        time(sys.argv[2])
+    elif len(sys.argv) == 3 and sys.argv[1] in ("fit", "time") and sys.argv[2] in MODELS:
+        {"fit": fit, "time": time}[sys.argv[1]](sys.argv[2])
     elif sys.argv[1:] == ["render"]:
         render()
     else:
