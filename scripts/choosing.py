@@ -152,20 +152,24 @@ def table(about, rows):
     return "\n".join(lines)
 
 
-# Where a label stands beside its point so that labels do not cover each other: pushed down until free.
-def place(points):
-    taken, placed = [], []
-    for x, y, text in sorted(points, key=lambda p: p[1]):
-        at = y + 4
-        while any(abs(at - ty) < 13 and x < tx + tw and tx < x + 7 * len(text) for tx, ty, tw in taken):
-            at += 3
-        taken.append((x, at, 7 * len(text)))
-        placed.append((x, y, at, text))
+# Heights of labels in a column beside the plot: as near to their points' as fit, in the points' order.
+def spread(heights, gap, bottom):
+    placed = []
+    for y in heights:
+        placed.append(max(y, placed[-1] + gap if placed else y))
+    limit = bottom
+    for k in reversed(range(len(placed))):
+        placed[k] = min(placed[k], limit)
+        limit = placed[k] - gap
     return placed
 
 
+def label(name):
+    return name.replace("-fitted", ", fitted") + (", oracle" if "oracle=true" in EVERY[name] else "")
+
+
 def svg(models):
-    width, height, pad = 470, 400, 56
+    width, height, pad, column = 560, 430, 56, 170  # column: of labels
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(models)}" height="{height + 30}" '
         'font-family="sans-serif" font-size="12">',
@@ -174,13 +178,14 @@ def svg(models):
     for i, (model, rows) in enumerate(models.items()):
         dense = rows["dense"]
         data = [(r["faster"].get("attention_s", 1), r["nll"] - dense["nll"], n, r) for n, r in rows.items()]
-        top = max(d[0] for d in data) * 1.12
+        top = max(d[0] for d in data) * 1.02
+        left = 0.9 * min(d[0] for d in data)
         high = max(d[1] for d in data) * 1.08 + 1e-9
         low = min(0, min(d[1] for d in data)) - 0.03 * high
         x0 = i * width + pad
 
         def px(v):
-            return x0 + (width - pad - 30) * v / top
+            return x0 + (width - pad - column) * (v - left) / (top - left)
 
         # Differences span two orders of magnitude: a root spreads the small ones.
         def py(v):
@@ -189,31 +194,35 @@ def svg(models):
             return height - 40 - (height - 90) * (f - a) / (b - a)
 
         parts.append(f'<text x="{x0}" y="24" font-size="15" font-weight="bold">{MODELS[model]["title"]}</text>')
-        parts.append(f'<line x1="{x0}" y1="{height - 30}" x2="{x0 + width - pad - 20}" y2="{height - 30}" stroke="#888"/>')
+        parts.append(f'<line x1="{x0}" y1="{height - 30}" x2="{x0 + width - pad - column}" y2="{height - 30}" stroke="#888"/>')
         parts.append(f'<line x1="{x0}" y1="40" x2="{x0}" y2="{height - 30}" stroke="#888"/>')
-        for tick in range(1, int(top) + 1):
-            parts.append(f'<text x="{px(tick):.0f}" y="{height - 14}" text-anchor="middle" fill="#555">{tick}×</text>')
+        for tick in range(1, int(top) + 1) if top > 3 else (1, 1.25, 1.5, 1.75, 2, 2.5):
+            if tick <= top:
+                parts.append(f'<text x="{px(tick):.0f}" y="{height - 14}" text-anchor="middle" fill="#555">{tick:g}×</text>')
         for tick in (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2):
             if tick <= high:
                 parts.append(f'<text x="{x0 - 6}" y="{py(tick) + 4:.0f}" text-anchor="end" fill="#555">{tick:g}</text>')
                 parts.append(
-                    f'<line x1="{x0}" y1="{py(tick):.0f}" x2="{x0 + width - pad - 20}" y2="{py(tick):.0f}" stroke="#eee"/>'
+                    f'<line x1="{x0}" y1="{py(tick):.0f}" x2="{x0 + width - pad - column}" y2="{py(tick):.0f}" stroke="#eee"/>'
                 )
         parts.append(
-            f'<text x="{x0 + (width - pad) / 2:.0f}" y="{height + 8}" text-anchor="middle">attention, times faster than dense'
+            f'<text x="{x0 + (width - pad - column) / 2:.0f}" y="{height + 8}" text-anchor="middle">attention, times faster than dense'
             "</text>"
         )
         parts.append(
             f'<text transform="translate({x0 - 40},{height / 2:.0f}) rotate(-90)" text-anchor="middle">'
             "nats a token lost</text>"
         )
-        for x, y, name, r in data:
+        points = sorted(((py(d[1]), px(d[0]), d[2], d[3]) for d in data), key=lambda p: p[:3])
+        for at, (y, x, name, _) in zip(spread([p[0] for p in points], 14, height - 36), points):
+            text = x0 + width - pad - column + 14
+            parts.append(f'<polyline points="{x:.1f},{y:.1f} {text - 10},{at:.1f} {text - 3},{at:.1f}" fill="none" stroke="#bbb"/>')
+            parts.append(f'<text x="{text}" y="{at + 4:.1f}">{label(name)}</text>')
+        for y, x, _, r in points:
             keys = r["tasks"]["passkey"]
             share = sum(k["found"] for k in keys) / len(keys)
             colour = "#1a7f37" if share == 1 else "#c0392b" if share <= 0.34 else "#d68910"
-            parts.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="5" fill="{colour}"/>')
-        for x, y, at, text in place([(px(d[0]) + 9, py(d[1]), d[2]) for d in data]):
-            parts.append(f'<text x="{x:.0f}" y="{at:.0f}">{text}</text>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>')
     parts.append(
         f'<text x="{pad}" y="{height + 24}" fill="#555">pass key: green found at every depth, orange at some, red at a third or less</text>'
     )
