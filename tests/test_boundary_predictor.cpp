@@ -83,7 +83,8 @@ TEST_CASE("the boundary predictor: the same bits for any number of threads, and 
   const Got want = run(call, given), predicted = run(call, with(c, w)), even = run(call, c.input());
   CHECK(same_bits(predicted.o, want.o));
   CHECK_FALSE(same_bits(even.o, want.o));
-  given.extra.merge(PredictorWeights(64, 64, 7).tensors());
+  const PredictorWeights other(64, 64, 7);
+  given.extra.merge(other.tensors());
   CHECK(same_bits(run(call, given).o, want.o));
   CHECK_FALSE(same_bits(run(call + ",predictor_heads=8", with(c, w)).o, want.o));
 }

@@ -29,13 +29,15 @@ struct PredictorWeights {
     fill(hidden, (4 * c + 2) * h, 1 / std::sqrt(static_cast<float>(4 * c)));
     fill(score, h + 1, 1 / std::sqrt(static_cast<float>(h)));
   }
-  std::map<std::string, TensorView, std::less<>> tensors() const {
+  /// Views, which this must outlive.
+  std::map<std::string, TensorView, std::less<>> tensors() const& {
     return {{"predictor_qkv", {qkv.data(), DType::f32, {3, c, c}}},
             {"predictor_out", {out.data(), DType::f32, {c, c}}},
             {"predictor_norm", {norm.data(), DType::f32, {2, c}}},
             {"predictor_hidden", {hidden.data(), DType::f32, {4 * c + 2, h}}},
             {"predictor_score", {score.data(), DType::f32, {h + 1}}}};
   }
+  void tensors() const&& = delete;
 };
 
 /// The logit that a chunk ends after token i of keys [N][C], whose window must lie inside.
