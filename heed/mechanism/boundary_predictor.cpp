@@ -32,6 +32,11 @@ std::vector<ExtraSpec> predictor_extras() {
           {"predictor_score", real, {"*"}, false, "[H + 1]: from there to the logit, the last number added"}};
 }
 
+void check_predictor_heads(Index features, Index heads) {
+  if (features % heads != 0)
+    fail_usage("dhsa: predictor_heads = {}, expected a divisor of the {} features of a token's keys", heads, features);
+}
+
 std::optional<BoundaryPredictor> BoundaryPredictor::of(const Inputs& in, Index half_window, Index heads) {
   std::string missing, given;
   for (const ExtraSpec& spec : predictor_extras()) (in.find(spec.name) == nullptr ? missing : given) = spec.name;
@@ -54,8 +59,7 @@ BoundaryPredictor::BoundaryPredictor(const Inputs& in, Index half_window, Index 
   expect("predictor_norm", {2, c}, "[2, C], C = Hk·D");
   expect("predictor_hidden", {4 * c + 2, hidden_}, "[4C + 2, H], C = Hk·D");
   expect("predictor_score", {hidden_ + 1}, "[H + 1], H as predictor_hidden has it");
-  if (c % heads != 0)
-    fail_usage("dhsa: predictor_heads = {}, expected a divisor of the {} features of a token's keys", heads, c);
+  check_predictor_heads(c, heads);
 
   for (Index i = 0; i < 3; ++i) qkv_[i] = matrix_panels(*in.find("predictor_qkv"), i);
   // The mean that LayerNorm takes away is linear in W_o: it is taken from W_o once.

@@ -12,6 +12,9 @@ namespace heed::mechanism {
 /// The predictor's five tensors. None is required, so that their owner can do without a predictor.
 std::vector<ExtraSpec> predictor_extras();
 
+/// Throws UsageError where heads do not divide the features of a token's keys, C = Hk·D.
+void check_predictor_heads(Index features, Index heads);
+
 /// What stands at a position that can be no boundary.
 constexpr float no_boundary = -100;
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "heed/base/tensor.h"
-#include "heed/kernel/panels.h"
+#include "heed/kernel/right_factor.h"
 
 namespace heed::mechanism {
 
@@ -17,16 +17,7 @@ inline std::vector<float> values_of(const TensorView& x) {
   return values;
 }
 
-/// A matrix x [k, n], row-major, packed as the right factor of a product: f32 panels of 64 columns.
-inline std::vector<float> right_factor(const float* x, Index k, Index n) {
-  std::vector<float> panels(static_cast<size_t>(round_up(n, panel_columns) * k));
-  for (Index f = 0; f < k; ++f)
-    for (Index c = 0; c < n; ++c)
-      panels[static_cast<size_t>((c / panel_columns * k + f) * panel_columns + c % panel_columns)] = x[f * n + c];
-  return panels;
-}
-
-/// Matrix i of a stack x [·, k, n] of real numbers as such a factor.
+/// Matrix i of a stack x [·, k, n] of real numbers as the right factor of a product.
 inline std::vector<float> matrix_panels(const TensorView& x, Index i) {
   const Index k = x.shape[1], n = x.shape[2];
   std::vector<float> values(static_cast<size_t>(k * n));

@@ -5,6 +5,7 @@
 
 #include "heed/base/threads.h"
 #include "heed/kernel/kernels.h"
+#include "heed/kernel/right_factor.h"
 
 namespace heed {
 
@@ -50,18 +51,11 @@ FeatureGradients feature_gram_gradient(const Problem& p, const Queries& queries,
   constexpr Index run = 256;
   const Index d = p.D, wide = round_up(d, panel_columns), group = p.group(), runs = ceil_div(p.N, run);
   FeatureGradients out{Tensor(DType::f32, {p.B, p.Hq, p.N, d}), Tensor(DType::f32, {p.B, p.Hk, p.N, d})};
-  // Right sides of the products as panels, [feature / 64][row][feature % 64]: those of dk, and transposed, of dq.
-  Tensor straight(DType::f32, {p.B * p.Hq, d * wide}), transposed(DType::f32, {p.B * p.Hq, d * wide});
-  const auto at = [&](Index row, Index column) {
-    return (column / panel_columns * d + row) * panel_columns + column % panel_columns;
-  };
-  for (Index head = 0; head < p.B * p.Hq; ++head)
-    for (Index i = 0; i < d; ++i)
-      for (Index j = 0; j < d; ++j) {
-        const float g = dgram.as<float>()[(head * d + i) * d + j];
-        straight.as<float>()[head * d * wide + at(i, j)] = g;
-        transposed.as<float>()[head * d * wide + at(j, i)] = g;
-      }
+  std::vector<std::vector<float>> straight, transposed;  // dgram of each head, for dk and for dq
+  for (Index head = 0; head < p.B * p.Hq; ++head) {
+    const float* g = dgram.as<float>() + head * d * d;
+    straight.push_back(right_factor(g, d, d)), transposed.push_back(right_factor(g, d, d, 1, d));
+  }
   parallel_for(p.B * p.Hk * runs, [&](Index unit, int) {
     const Index kv_head = unit / runs, first = unit % runs * run, tokens = std::min(run, p.N - first);
     Scratch& scratch = thread_scratch();
@@ -75,8 +69,8 @@ FeatureGradients feature_gram_gradient(const Problem& p, const Queries& queries,
     for (Index h = 0; h < group; ++h) {
       const Index head = kv_head * group + h;
       for (Index t = 0; t < tokens; ++t) queries.read(head / p.Hq, head % p.Hq, first + t, q + t * d);
-      kernels().gemm_f32(tokens, d, d, k, d, transposed.as<float>() + head * d * wide, dq, wide, false);
-      kernels().gemm_f32(tokens, d, d, q, d, straight.as<float>() + head * d * wide, dk, wide, h > 0);
+      kernels().gemm_f32(tokens, d, d, k, d, transposed[static_cast<size_t>(head)].data(), dq, wide, false);
+      kernels().gemm_f32(tokens, d, d, q, d, straight[static_cast<size_t>(head)].data(), dk, wide, h > 0);
       store(dq, out.dq.as<float>() + (head * p.N + first) * d);
     }
     store(dk, out.dk.as<float>() + (kv_head * p.N + first) * d);
