@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -38,5 +39,15 @@ struct Fitted {
 inline void say(const FitProgress& progress, const std::string& step, Index done, Index total) {
   if (progress && !progress(step, done, total)) throw model::Interrupted{};
 }
+
+/// Reads every piece with dense attention and hands over what the mechanism of `use` saw of each layer, `seen(piece,
+/// layer, tensors)`. What is returned has everything but layers.
+model::Calibration read_pieces(const model::Model& model, const model::MechanismUse& use, const Pieces& pieces,
+                               Index chunk, DType kv, const FitProgress& progress,
+                               const std::function<void(Index, Index, NamedTensors)>& seen);
+
+/// Adds those of `names` that the call left open to the calibration's parameters, as `params` has them: what was fitted
+/// with them holds for no others.
+void keep_params(model::Calibration& calibration, const Params& params, std::initializer_list<const char*> names);
 
 }  // namespace heed::nn

@@ -23,6 +23,7 @@
 
 #include "heed/base/random.h"
 #include "heed/mechanism/attend.h"
+#include "heed/mechanism/boundary_predictor.h"
 #include "heed/nn/optimizer.h"
 #include "heed/nn/tensors.h"
 
@@ -122,8 +123,7 @@ BoundaryFit fit_boundary_predictor(const std::vector<BoundaryLesson>& lessons, I
       fail("pieces of {} tokens, expected at least {}: four times half_window = {}", tokens, 4 * half_window,
            half_window);
   const Index features = lessons.front().keys.size(1);
-  if (features % heads != 0)
-    fail_usage("dhsa: predictor_heads = {}, expected a divisor of the {} features of a token's keys", heads, features);
+  mechanism::check_predictor_heads(features, heads);
   const at::Tensor inverse = inverse_sizes(lessons);
   BoundaryWeights w = first_boundary_weights(features, usual_units, options.seed);
   NamedParameters parameters{
@@ -218,39 +218,22 @@ Fitted fit_boundaries(const model::Model& model, const model::MechanismUse& use,
   Fitted fitted;
   std::vector<BoundaryLesson> lessons;
   std::map<Index, BoundaryLesson> held_out;
-  for (Index i = 0; i < count; ++i) {
-    model::Calibration c =
-        model::calibrate(model, use, pieces[static_cast<size_t>(i)], chunk, kv, [&](Index done, Index total) {
-          say(progress, "reading", i * total + done, count * total);
-          return true;
-        });
-    for (auto& [layer, tensors] : c.layers) {
-      const auto copy_of = [&](const char* name) {
-        const TensorView x = tensors.at(name).view();
-        const at::Tensor copy = at::empty(x.shape, at::kFloat);
-        copy_into(copy, x, name);
-        return copy.squeeze(0);  // B = 1
-      };
-      const BoundaryLesson lesson{copy_of("keys"), copy_of("labels")};
-      if (i < trained) lessons.push_back(lesson);
-      if (i == count - 1) held_out.emplace(layer, lesson);
-      tensors.clear();
-    }
-    c.layers.clear();
-    fitted.calibration = std::move(c);
-  }
+  const auto seen = [&](Index piece, Index layer, const NamedTensors& tensors) {
+    const auto of = [&](const char* name) { return torch_copy(tensors.at(name).view()).squeeze(0); };  // B = 1
+    const BoundaryLesson lesson{of("keys"), of("labels")};
+    if (piece < trained) lessons.push_back(lesson);
+    if (piece == count - 1) held_out.emplace(layer, lesson);
+  };
+  fitted.calibration = read_pieces(model, use, pieces, chunk, kv, progress, seen);
 
   const BoundaryWeights w = fit_boundary_predictor(lessons, half, heads, options, progress).weights;
   say(progress, "threshold", 0, 1);
-  ParamTexts& texts = fitted.calibration.params;
   double threshold = params.number("threshold");
   if (!params.given("threshold")) {
     threshold = best_boundary_threshold(lessons, w, half, heads);
-    texts.emplace_back("threshold", fmt::format("{:.4g}", threshold));
+    fitted.calibration.params.emplace_back("threshold", fmt::format("{:.4g}", threshold));
   }
-  // A predictor is one for windows of this size and so many heads.
-  for (const char* name : {"half_window", "predictor_heads"})
-    if (!params.given(name)) texts.emplace_back(name, params.text(name));
+  keep_params(fitted.calibration, params, {"half_window", "predictor_heads"});
   for (const auto& [layer, lesson] : held_out) {
     const BoundaryCounts found = count_boundaries({lesson}, w, half, heads, threshold);
     const BoundaryCounts every{
@@ -262,12 +245,8 @@ Fitted fit_boundaries(const model::Model& model, const model::MechanismUse& use,
                                 {"predictor_out", w.out},
                                 {"predictor_norm", w.norm},
                                 {"predictor_hidden", w.hidden},
-                                {"predictor_score", w.score}}) {
-    const at::Tensor plain = x.contiguous();
-    Tensor copy(DType::f32, plain.sizes().vec());
-    std::copy_n(plain.const_data_ptr<float>(), copy.size(), copy.as<float>());
-    fitted.calibration.all.emplace(name, std::move(copy));
-  }
+                                {"predictor_score", w.score}})
+    fitted.calibration.all.emplace(name, heed_copy(x));
   return fitted;
 }
 

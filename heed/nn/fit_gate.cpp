@@ -24,12 +24,6 @@
 namespace heed::nn {
 namespace {
 
-at::Tensor copy_of(const Tensor& x) {
-  const at::Tensor copy = at::zeros(x.shape(), at::kFloat);
-  copy_into(copy, x.view(), "tensor");
-  return copy;
-}
-
 // The pieces of a step: any, but no piece twice while there are others.
 at::Tensor pieces_of(Index step, Index pieces, const FitOptions& options) {
   Random random(Random(options.seed).next() + static_cast<std::uint64_t>(step));
@@ -107,22 +101,15 @@ Fitted fit_gates(const model::Model& model, const model::MechanismUse& use, cons
   // Layers are independent of one another, so all is read before anything is fitted.
   std::map<Index, std::vector<NamedTensors>> seen;
   Fitted fitted;
-  for (Index i = 0; i < count; ++i) {
-    model::Calibration c =
-        model::calibrate(model, use, pieces[static_cast<size_t>(i)], chunk, kv, [&](Index done, Index total) {
-          say(progress, "reading", i * total + done, count * total);
-          return true;
-        });
-    for (auto& [layer, tensors] : c.layers) seen[layer].push_back(std::move(tensors));
-    c.layers.clear();
-    fitted.calibration = std::move(c);
-  }
+  fitted.calibration =
+      read_pieces(model, use, pieces, chunk, kv, progress,
+                  [&](Index, Index layer, NamedTensors tensors) { seen[layer].push_back(std::move(tensors)); });
 
   Index done = 0;
   for (auto& [layer, list] : seen) {
     const auto stacked = [&](const char* name, Index begin, Index end) {
       std::vector<at::Tensor> some;
-      for (Index i = begin; i < end; ++i) some.push_back(copy_of(list[static_cast<size_t>(i)].at(name)));
+      for (Index i = begin; i < end; ++i) some.push_back(torch_copy(list[static_cast<size_t>(i)].at(name).view()));
       return at::stack(some);
     };
     const auto data = [&](Index begin, Index end) -> GateData {
@@ -142,16 +129,10 @@ Fitted fit_gates(const model::Model& model, const model::MechanismUse& use, cons
           .item<double>();
     };
     fitted.layers.push_back({layer, loss(mean_gate(wk.size(0), wk.size(2))), loss(wk)});
-    const at::Tensor plain = wk.contiguous();
-    Tensor copy(DType::f32, {wk.size(0), wk.size(1), wk.size(2)});
-    std::copy_n(plain.const_data_ptr<float>(), copy.size(), copy.as<float>());
-    fitted.calibration.layers[layer].emplace("wk", std::move(copy));
+    fitted.calibration.layers[layer].emplace("wk", heed_copy(wk));
   }
   fitted.measure = "KL of the gate to the model's attention, nats a row";
-  // A gate is one for blocks of this size and these positions.
-  ParamTexts& texts = fitted.calibration.params;
-  for (const char* name : {"block", "rope_base"})
-    if (!params.given(name)) texts.emplace_back(name, params.text(name));
+  keep_params(fitted.calibration, params, {"block", "rope_base"});
   return fitted;
 }
 

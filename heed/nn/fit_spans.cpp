@@ -1,7 +1,6 @@
 #include "heed/nn/fit_spans.h"
 
 #include <ATen/ops/cross_entropy_loss.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
 #include <algorithm>
@@ -109,9 +108,7 @@ std::map<Index, at::Tensor> influence_of(LanguageModel& model, const at::Tensor&
     const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(q.size(3))));
     const Tensor map =
         influence_map({view_of(q), view_of(k), view_of(v), view_of(o), view_of(dout), view_of(lse), scale}, block);
-    const at::Tensor copy = at::empty(map.shape(), at::kFloat);
-    copy_into(copy, map.view(), "influence");
-    maps.emplace(layer, copy[0]);
+    maps.emplace(layer, torch_copy(map.view())[0]);
     pass = {};
   }
   return maps;

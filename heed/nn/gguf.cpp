@@ -92,11 +92,8 @@ std::optional<model::Calibration> calibration_of(const LanguageModel& model) {
     if (calibration->mechanism != call.name)
       fail("calibration: layers learned for {} and {}, expected one mechanism", calibration->mechanism, call.name);
     const auto parameters = attention.named_parameters(false);
-    for (const LearnedPart& part : attention.learned()) {
-      Tensor copy(DType::f32, part.shape);
-      std::copy_n(parameters[part.name].const_data_ptr<float>(), copy.size(), copy.as<float>());
-      calibration->layers[i].emplace(part.name, std::move(copy));
-    }
+    for (const LearnedPart& part : attention.learned())
+      calibration->layers[i].emplace(part.name, heed_copy(parameters[part.name]));
   });
   return calibration;
 }

@@ -4,7 +4,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/softmax.h>
@@ -27,11 +26,7 @@ using namespace heed::test;
 
 namespace {
 
-at::Tensor tensor_of(const Tensor& x) {
-  const at::Tensor t = at::empty(x.shape(), at::kFloat);
-  nn::copy_into(t, x.view(), "x");
-  return t;
-}
+at::Tensor tensor_of(const Tensor& x) { return nn::torch_copy(x.view()); }
 
 // KL(T ‖ softmax(logits)), the mean over rows from floor(n/4) on; [Hq][3D·D] weights, f64, from the sheet's equations.
 struct NaiveGate {
