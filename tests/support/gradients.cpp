@@ -203,4 +203,14 @@ bool same_bits(const AttendGradients& a, const AttendGradients& b) {
   return same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) && same_bits(a.dv, b.dv);
 }
 
+ForwardBackward forward_backward(const std::string& call, const AttendInput& in, const Sample& dout) {
+  const MechanismCall by = MechanismCall::parse(call);
+  ForwardBackward got;
+  got.gradients = attend_backward(by, in, dout.view(), &got.out);
+  CHECK(same_bits(got.out.o, attend(call, in).o));
+  const AttendGradients again = attend_backward(by, in, dout.view(), got.out.o.view(), got.out.lse.view());
+  CHECK(same_bits(again, got.gradients));
+  return got;
+}
+
 }  // namespace heed::test

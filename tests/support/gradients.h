@@ -58,6 +58,14 @@ inline Sample random_dout(const Sizes& s, DType dtype = DType::f32, Layout layou
 PlanGradients backward(const Plan& plan, const TensorView& dout);
 AttendGradients gradients(const std::string& call, const AttendInput& in, const Sample& dout);
 
+/// Forward and backward in one call. Checks that o is what attend() gives, and that o and lse are enough for the same
+/// dq, dk and dv.
+struct ForwardBackward {
+  AttendOutput out;
+  AttendGradients gradients;
+};
+ForwardBackward forward_backward(const std::string& call, const AttendInput& in, const Sample& dout);
+
 /// dq, dk and dv agree.
 void check_gradients(const Case& c, const AttendGradients& got, const Gradients& want);
 void check_gradients(const Case& c, const PlanGradients& got, const Gradients& want);
