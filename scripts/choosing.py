@@ -182,10 +182,10 @@ def svg(models):
         left = 0.9 * min(d[0] for d in data)
         high = max(d[1] for d in data) * 1.08 + 1e-9
         low = min(0, min(d[1] for d in data)) - 0.03 * high
-        x0 = i * width + pad
+        x0, x1 = i * width + pad, (i + 1) * width - column
 
         def px(v):
-            return x0 + (width - pad - column) * (v - left) / (top - left)
+            return x0 + (x1 - x0) * (v - left) / (top - left)
 
         # Differences span two orders of magnitude: a root spreads the small ones.
         def py(v):
@@ -194,7 +194,7 @@ def svg(models):
             return height - 40 - (height - 90) * (f - a) / (b - a)
 
         parts.append(f'<text x="{x0}" y="24" font-size="15" font-weight="bold">{MODELS[model]["title"]}</text>')
-        parts.append(f'<line x1="{x0}" y1="{height - 30}" x2="{x0 + width - pad - column}" y2="{height - 30}" stroke="#888"/>')
+        parts.append(f'<line x1="{x0}" y1="{height - 30}" x2="{x1}" y2="{height - 30}" stroke="#888"/>')
         parts.append(f'<line x1="{x0}" y1="40" x2="{x0}" y2="{height - 30}" stroke="#888"/>')
         for tick in range(1, int(top) + 1) if top > 3 else (1, 1.25, 1.5, 1.75, 2, 2.5):
             if tick <= top:
@@ -203,10 +203,10 @@ def svg(models):
             if tick <= high:
                 parts.append(f'<text x="{x0 - 6}" y="{py(tick) + 4:.0f}" text-anchor="end" fill="#555">{tick:g}</text>')
                 parts.append(
-                    f'<line x1="{x0}" y1="{py(tick):.0f}" x2="{x0 + width - pad - column}" y2="{py(tick):.0f}" stroke="#eee"/>'
+                    f'<line x1="{x0}" y1="{py(tick):.0f}" x2="{x1}" y2="{py(tick):.0f}" stroke="#eee"/>'
                 )
         parts.append(
-            f'<text x="{x0 + (width - pad - column) / 2:.0f}" y="{height + 8}" text-anchor="middle">attention, times faster than dense'
+            f'<text x="{(x0 + x1) / 2:.0f}" y="{height + 8}" text-anchor="middle">attention, times faster than dense'
             "</text>"
         )
         parts.append(
@@ -215,7 +215,7 @@ def svg(models):
         )
         points = sorted(((py(d[1]), px(d[0]), d[2], d[3]) for d in data), key=lambda p: p[:3])
         for at, (y, x, name, _) in zip(spread([p[0] for p in points], 14, height - 36), points):
-            text = x0 + width - pad - column + 14
+            text = x1 + 14
             parts.append(f'<polyline points="{x:.1f},{y:.1f} {text - 10},{at:.1f} {text - 3},{at:.1f}" fill="none" stroke="#bbb"/>')
             parts.append(f'<text x="{text}" y="{at + 4:.1f}">{label(name)}</text>')
         for y, x, _, r in points:
