@@ -177,3 +177,35 @@ TEST_CASE("rms_norm, silu_mul, gelu_mul, dot, log_sum_exp") {
     CHECK(sum == doctest::Approx(1).epsilon(1e-6));
   });
 }
+
+TEST_CASE("choose_top takes the head of a stable sort") {
+  for_each_table([](const Kernels& k) {
+    for (const Index n : {2, 5, 31, 32, 33, 64, 100, 128, 257, 1000, 5000})
+      for (const Index wanted : {1, 2, 3, 7, 8, 9, 15, 16, 17, 40, 300})
+        for (const int kind : {0, 1, 2, 3, 4, 5}) {
+          if (wanted >= n) continue;
+          std::vector<float> x = normals(n);
+          std::vector<std::int32_t> order(x.size()), chosen(static_cast<size_t>(wanted));
+          for (size_t i = 0; i < x.size(); ++i) {
+            order[i] = static_cast<std::int32_t>(i);
+            if (kind == 1) x[i] = std::round(x[i]);                                  // many ties
+            if (kind == 2) x[i] = static_cast<float>(i) / 7;                         // ascending
+            if (kind == 3) x[i] = -static_cast<float>(i) / 7;                        // descending
+            if (kind == 4) x[i] = i % 3 == 0 ? x[i] : -inf;                          // hidden ones
+            if (kind == 5) x[i] = i < static_cast<size_t>(n / 2) ? 1.0f : 1 + x[i];  // a plateau
+          }
+          for (const bool higher_wins : {false, true}) {
+            std::vector<std::int32_t> want = order;
+            std::sort(want.begin(), want.end(), [&](std::int32_t a, std::int32_t b) {
+              const float u = x[static_cast<size_t>(a)], v = x[static_cast<size_t>(b)];
+              return u != v ? u > v : higher_wins ? a > b : a < b;
+            });
+            want.resize(chosen.size());
+            std::sort(want.begin(), want.end());
+            k.choose_top(x.data(), n, wanted, higher_wins, chosen.data());
+            INFO(k.name, " n ", n, " k ", wanted, " kind ", kind, " higher ", higher_wins);
+            CHECK(chosen == want);
+          }
+        }
+  });
+}

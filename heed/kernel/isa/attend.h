@@ -50,7 +50,9 @@ inline void softmax_row(float* s, P* p, Index from, Index to, float factor, cons
                         float& l, float* acc, Index dvp) {
   F top = set1(minus_infinity);
   if (words == nullptr) {
-    for (Index j = from; j < to; j += W) top = max(top, load(s + j));
+    F other = top;  // two chains
+    for (Index j = from; j < to; j += 2 * W) top = max(top, load(s + j)), other = max(other, load(s + j + W));
+    top = max(top, other);
   } else {
     for (Index j = from; j < to; j += W) {
       const F x = visible_score(s, j, words);

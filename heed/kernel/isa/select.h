@@ -39,9 +39,76 @@ inline Index keep_between(const float* x, Index n, float low, float high, float*
   return held;
 }
 
+/// Bit j: fewer than k of n (<= 64) numbers are larger than number j. x is readable up to the next multiple of W.
+inline std::uint64_t among_largest(const float* x, Index n, Index k) {
+  const std::uint64_t all = ~std::uint64_t{0} >> (64 - n);
+  std::uint64_t among = 0;
+  for (Index j = 0; j < n; ++j) {
+    std::uint64_t larger = 0;
+    const F own = set1(x[j]);
+    for (Index i = 0; i < n; i += W) larger |= static_cast<std::uint64_t>(less(own, load(x + i))) << i;
+    among |= static_cast<std::uint64_t>(__builtin_popcountll(larger & all) < k) << j;
+  }
+  return among;
+}
+
+/// The least of those x [0, n) (n <= 64) whose bits are set.
+inline float least_of(const float* x, Index n, std::uint64_t bits) {
+  F least = set1(-minus_infinity);
+  for (Index i = 0; i < n; i += W)
+    least = min(least, select(static_cast<std::uint32_t>(bits >> i), load(x + i), set1(-minus_infinity)));
+  return -max_lane(zero() - least);
+}
+
+inline constexpr Index few_groups = 16;
+
+/// choose_top for k <= 16 of 32 … 2^24 scores. They are dealt to 16 groups; no less than k of them reach the k-th of
+/// the groups' largest, and seldom many more: among those the choice is made. False, with nothing chosen, if they are
+/// more than 64.
+inline bool choose_few(const float* scores, Index n, Index k, bool higher_wins, std::int32_t* chosen) {
+  constexpr Index vectors = few_groups / W, room = 64;
+  F most[vectors];
+  for (Index v = 0; v < vectors; ++v) most[v] = load(scores + v * W);
+  for (Index i = few_groups; i + few_groups <= n; i += few_groups)
+    for (Index v = 0; v < vectors; ++v) most[v] = max(most[v], load(scores + i + v * W));
+  alignas(64) float largest[few_groups];
+  for (Index v = 0; v < vectors; ++v) store(largest + v * W, most[v]);
+  const float reached = least_of(largest, few_groups, among_largest(largest, few_groups, k));
+
+  alignas(64) static constexpr float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) float kept[room + W], at[room + W];  // indices are exact as floats
+  const F least = set1(reached), lanes = load(lane_numbers);
+  Index held = 0, i = 0;
+  for (; i + W <= n; i += W) {
+    const F x = load(scores + i);
+    const std::uint32_t bits = ~less(x, least) & ((1u << W) - 1);
+    if (held + __builtin_popcount(bits) > room) return false;
+    store(kept + held, pack_lanes(bits, x));
+    store(at + held, pack_lanes(bits, lanes + set1(static_cast<float>(i))));
+    held += __builtin_popcount(bits);
+  }
+  for (; i < n; ++i) {
+    if (scores[i] < reached) continue;
+    if (held == room) return false;
+    kept[held] = scores[i], at[held++] = static_cast<float>(i);
+  }
+
+  std::uint64_t best = among_largest(kept, held, k);
+  if (Index excess = __builtin_popcountll(best) - k; excess > 0) {
+    const float bound = least_of(kept, held, best);
+    for (Index step = 0; excess > 0; ++step) {
+      const Index j = higher_wins ? step : held - 1 - step;
+      if (kept[j] == bound) best &= ~(std::uint64_t{1} << j), --excess;
+    }
+  }
+  for (; best != 0; best &= best - 1) *chosen++ = static_cast<std::int32_t>(at[__builtin_ctzll(best)]);
+  return true;
+}
+
 /// Writes the indices, ascending, of the k (< n) largest; among scores equal to the least of them the
 /// lower indices win, or the higher.
 inline void choose_top(const float* scores, Index n, Index k, bool higher_wins, std::int32_t* chosen) {
+  if (k <= few_groups && n >= 2 * few_groups && n <= 1 << 24 && choose_few(scores, n, k, higher_wins, chosen)) return;
   F least = set1(scores[0]), most = least;
   Index i = 0;
   for (; i + W <= n; i += W) least = min(least, load(scores + i)), most = max(most, load(scores + i));

@@ -18,6 +18,8 @@ inline float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
 /// Lane i is a where bit i is set, else b.
 inline F select(std::uint32_t bits, F a, F b) { return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a); }
 inline std::uint32_t less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+/// The lanes whose bits are set, in order, before others.
+inline F pack_lanes(std::uint32_t bits, F x) { return _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), x); }
 inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 /// x · 2^n for whole n; underflow gives zero, and so does n = -inf whatever x is, NaN included.
 inline F scale_by_power(F x, F n) { return _mm512_scalef_ps(x, n); }
@@ -66,14 +68,20 @@ inline F select(std::uint32_t bits, F a, F b) {
 inline std::uint32_t less(F a, F b) {
   return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
 }
+inline F pack_lanes(std::uint32_t bits, F x) {
+  const std::uint64_t bytes = _pdep_u64(bits, 0x0101010101010101u) * 0xff;
+  const std::uint64_t lanes = _pext_u64(0x0706050403020100u, bytes);
+  return _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(lanes))));
+}
 inline F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-/// x · 2^n for whole n in [-125, 127] and x in [0.5, 2); smaller n gives zero.
+/// x · 2^n for whole n in [-125, 127] and x in [0.5, 2); smaller n gives zero, and so
+/// does n = -inf whatever x is, NaN included.
 inline F scale_by_power(F x, F n) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   const F y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), shifted));
   return _mm256_and_ps(y, _mm256_cmp_ps(n, _mm256_set1_ps(-125), _CMP_GE_OQ));
 }
-inline F clamp_exponent(F x) { return max(x, set1(-126)); }
+inline F clamp_exponent(F x) { return x; }
 inline F load_f16(const std::uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -121,6 +129,12 @@ inline F select(std::uint32_t bits, F a, F b) {
 inline std::uint32_t less(F a, F b) {
   const I c = a < b;
   return static_cast<std::uint32_t>((c[0] & 1) | (c[1] & 2) | (c[2] & 4) | (c[3] & 8));
+}
+inline F pack_lanes(std::uint32_t bits, F x) {
+  F packed = x;
+  for (int i = 0, held = 0; i < 4; ++i)
+    if ((bits >> i & 1) != 0) packed[held++] = x[i];
+  return packed;
 }
 // Adding and taking away 1.5 · 2^23 leaves the nearest whole number, for |x| < 2^22.
 inline F round(F x) { return (x + 12582912.0f) - 12582912.0f; }

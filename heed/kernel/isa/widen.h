@@ -66,13 +66,12 @@ inline void tile_wide(const float* const* a, const Stored* b, Index ldb, Index k
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) sum[i][j] = accumulate ? load(c[i] + column + j * W) : zero();
   }
-  // The lines that begin in this tile's columns, so that tiles side by side ask for each once.
-  const Index first = column * pair * static_cast<Index>(sizeof(Stored)), begin = round_up(first, line);
-  const Index end = first + vectors * W * pair * static_cast<Index>(sizeof(Stored));
-  const Index lines = ahead == 0 || begin >= end ? 0 : ceil_div(end - begin, line);
-  const char* next = reinterpret_cast<const char*>(b + ahead) + (begin - first);
-  for (Index step = 0; step < k; step += pair, b += ldb, next += ldb * static_cast<Index>(sizeof(Stored))) {
-    for (Index i = 0; i < lines; ++i) __builtin_prefetch(next + i * line);
+  // Tiles side by side ask for what comes next one after the other, in the order of memory.
+  constexpr Index share = vectors * W * pair * static_cast<Index>(sizeof(Stored));  // bytes, in each step
+  const char* next = reinterpret_cast<const char*>(b - column * pair + ahead + column * k);
+  for (Index step = 0; step < k; step += pair, b += ldb, next += share) {
+    if (ahead != 0)
+      for (Index i = 0; i < share; i += line) __builtin_prefetch(next + i);
     add_step<0>(row, b, step, sum);
     if constexpr (pair == 2) add_step<1>(row, b, step + 1, sum);
   }
