@@ -26,15 +26,15 @@ struct Options {
   int repeat = 7;
 };
 
-// The fastest of several runs; `after` follows each.
-double best_seconds(int repeat, const std::function<void()>& work, const std::function<void()>& after = {}) {
+// The fastest of several runs, each after one that wakes the threads: between ours the peer has had its turn.
+double best_seconds(int repeat, const std::function<void()>& work, const std::function<void()>& peer = {}) {
   Runs runs;
-  for (int i = 0; i <= repeat; ++i) {
+  for (int i = 0; i < repeat; ++i) {
+    work();
     const double start = seconds_now();
     work();
-    const double seconds = seconds_now() - start;
-    if (i > 0) runs.add(seconds);  // the first is a warm-up
-    if (after) after();
+    runs.add(seconds_now() - start);
+    if (peer) peer();
   }
   return runs.best();
 }

@@ -157,7 +157,7 @@ class Bench {
     const double flops = decode_ ? 0 : prefill_flops(length, s);
     if (!quiet())
       fmt::print("{:<36}{:>9}{:>12.1f}{:>12.3f}{:>10.0f} %{:>9.0f} %{}\n", text, length, rate, 1e3 / rate,
-                 100 * s.attention_s / seconds, 100 * s.linear_s / seconds,
+                 100 * s.attention_s / seconds, 100 * (s.linear_s + s.output_s) / seconds,
                  decode_ ? fmt::format("{:>13.1f}{:>8.0f} %", kv_rate * 1e-9, 100 * kv_rate / read_)
                          : fmt::format("{:>8.1f}", 100 * flops / seconds / peak_));
     json_["results"].push_back({{"mechanism", text},

@@ -5,8 +5,8 @@
 // whole numbers x of 16 bits: their product is d·s·Σ q·x + m·s·Σ x, where Σ q·x is exact in 32-bit integers and s·Σ x
 // was made once for all rows. Reading floats instead would take three times the instructions, and be bound by them.
 
-// The parts of a block are always inlined: a call for 32 weights halves the speed, and the compiler's own bounds are
-// those of a whole file.
+// The parts of a block are always inlined, and the block itself is a template's argument: a call for 32 weights halves
+// the speed, and the compiler's own bounds are those of a whole file.
 
 using Byte = std::uint8_t;
 
@@ -158,9 +158,9 @@ struct GroupFactors {
 /// y[i] = Σ w[i][·]·x for rows of blocks of `elements` weights in `bytes` bytes; rest: how often what a row collected
 /// besides its lanes counts. Two rows at a time, as each waits for its own sums: one of either half, so that memory is
 /// read in two long runs.
-template <Index elements, Index bytes, class Block>
+template <Index elements, Index bytes, auto block>
 inline void rows_of_blocks(const Byte* w, Index row_bytes, Index rows, Index n, const RowInput& in, float* y,
-                           float rest, Block block) {
+                           float rest) {
   const auto finish = [=](const RowSum& r) { return total(r.lanes) + rest * r.rest[1]; };
   constexpr Index ahead = 1024;  // bytes
   const Index half = rows / 2;
@@ -220,13 +220,13 @@ inline void row_product(WeightFormat format, const void* weights, Index row_byte
     case WeightFormat::f32: return rows_of_floats<4>(w, row_bytes, rows, n, in.values, y, f32, f32_one);
     case WeightFormat::f16: return rows_of_floats<2>(w, row_bytes, rows, n, in.values, y, load_f16, half_at);
     case WeightFormat::bf16: return rows_of_floats<2>(w, row_bytes, rows, n, in.values, y, load_bf16, bf16_one);
-    case WeightFormat::q4_0: return rows_of_blocks<32, 18>(w, row_bytes, rows, n, in, y, -8, q4_0_block);
-    case WeightFormat::q4_1: return rows_of_blocks<32, 20>(w, row_bytes, rows, n, in, y, 1, q4_1_block);
-    case WeightFormat::q5_0: return rows_of_blocks<32, 22>(w, row_bytes, rows, n, in, y, -16, q5_0_block);
-    case WeightFormat::q5_1: return rows_of_blocks<32, 24>(w, row_bytes, rows, n, in, y, 1, q5_1_block);
-    case WeightFormat::q8_0: return rows_of_blocks<32, 34>(w, row_bytes, rows, n, in, y, 0, q8_0_block);
-    case WeightFormat::q4_k: return rows_of_blocks<256, 144>(w, row_bytes, rows, n, in, y, 0, q4_k_block);
-    case WeightFormat::q5_k: return rows_of_blocks<256, 176>(w, row_bytes, rows, n, in, y, 0, q5_k_block);
-    case WeightFormat::q6_k: return rows_of_blocks<256, 210>(w, row_bytes, rows, n, in, y, 0, q6_k_block);
+    case WeightFormat::q4_0: return rows_of_blocks<32, 18, q4_0_block>(w, row_bytes, rows, n, in, y, -8);
+    case WeightFormat::q4_1: return rows_of_blocks<32, 20, q4_1_block>(w, row_bytes, rows, n, in, y, 1);
+    case WeightFormat::q5_0: return rows_of_blocks<32, 22, q5_0_block>(w, row_bytes, rows, n, in, y, -16);
+    case WeightFormat::q5_1: return rows_of_blocks<32, 24, q5_1_block>(w, row_bytes, rows, n, in, y, 1);
+    case WeightFormat::q8_0: return rows_of_blocks<32, 34, q8_0_block>(w, row_bytes, rows, n, in, y, 0);
+    case WeightFormat::q4_k: return rows_of_blocks<256, 144, q4_k_block>(w, row_bytes, rows, n, in, y, 0);
+    case WeightFormat::q5_k: return rows_of_blocks<256, 176, q5_k_block>(w, row_bytes, rows, n, in, y, 0);
+    case WeightFormat::q6_k: return rows_of_blocks<256, 210, q6_k_block>(w, row_bytes, rows, n, in, y, 0);
   }
 }
