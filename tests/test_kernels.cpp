@@ -233,6 +233,44 @@ TEST_CASE("attend: first_row, and one call after another") {
   });
 }
 
+TEST_CASE("attend: scores that rise and fall by far") {
+  for_all([](const Kernels& k, auto kind) {
+    using B = Bench<decltype(kind)>;
+    for (const Index rows : {3, 32, 70})
+      for (const int pattern : {0, 1, 2, 3, 4}) {
+        B b(k, 64, 48, rows, 4, 3);
+        // What each row's panels are lifted by: some steps fit a weight's range, some do not.
+        const auto lift = [&](Index row, Index panel) -> double {
+          const double step = row % 2 == 0 ? 30 : 90;
+          switch (pattern) {
+            case 0: return step * (static_cast<double>(panel) - 1.5);
+            case 1: return step * (1.5 - static_cast<double>(panel));
+            case 2: return panel % 2 == 0 ? 0 : step;
+            case 3: return panel == 0 ? -INFINITY : 100 * (static_cast<double>(panel) - 2);
+            default: return panel < row % 4 ? -INFINITY : 50 * (static_cast<double>((row + panel) % 5) - 2);
+          }
+        };
+        std::vector<float> add;
+        for (Index i = 0; i < rows; ++i)
+          for (Index j = 0; j < 256; ++j) add.push_back(static_cast<float>(lift(i, j / 64)));
+        for (const Index at_once : {1, 2, 4}) {  // panels a call
+          std::fill(b.m.begin(), b.m.end(), -inf), std::fill(b.l.begin(), b.l.end(), 0.0f);
+          std::fill(b.acc.begin(), b.acc.end(), 0.0f);
+          for (Index p = 0; p < 4; p += at_once) {
+            PanelTask t = b.task();
+            t.panels = at_once;
+            t.k = b.k_packed.data() + p * 64 * b.dp, t.v = b.v_packed.data() + p * 64 * b.dvp;
+            if (B::whole) t.key_scale += p * 64, t.value_scale += p * 64;
+            t.add = add.data() + p * 64, t.add_stride = 256;
+            b.run(t);
+          }
+          const double scale = b.task().scale;
+          b.check([&](Index row, Index column, double x) { return x * scale + lift(row, column / 64); });
+        }
+      }
+  });
+}
+
 TEST_CASE("attend: soft caps and addends") {
   for_all([](const Kernels& k, auto kind) {
     using B = Bench<decltype(kind)>;

@@ -11,8 +11,7 @@
 namespace heed {
 namespace {
 
-// Rows that share one look at a chunk: enough to amortise a call, few enough for a tight diagonal.
-constexpr Index sub_block = 48;
+constexpr Index most_task_rows = 128;  // what any kernel asks for
 constexpr Index chunk_panels = chunk_columns / panel_columns;
 // More rows than these share panels that were widened for them; fewer are served by kernels that widen as they read.
 constexpr Index few_rows = 12;
@@ -194,7 +193,8 @@ void Traversal::run_chunk(const Rows& rows, const Tile& tile, const Extent& exte
   const Rule& rule = plan_.rule;
   const bool bits = tile.mask.kind == Mask::Kind::bits;
   const bool additive = !rule.plain() || view.log_weight != nullptr;
-  std::uint64_t words[sub_block * chunk_panels], gates[chunk_panels] = {};
+  std::uint64_t words[most_task_rows * chunk_panels], gates[chunk_panels] = {};
+  const Index sub_block = std::min(most_task_rows, kernels().task_rows);
   const Scratch::Mark chunk_mark(scratch_);
   WidePanels wide(layout, extent.rows, (from - origin) / panel_columns, scratch_);
   Index read_first = std::numeric_limits<Index>::max(), read_end = 0;  // panels that some sub-block meets

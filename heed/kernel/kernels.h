@@ -73,6 +73,7 @@ struct Kernels {
   bool bf16_dot;  // bf16 panels are multiplied as such; else bf16 means rounded f32
   Index key_step;  // bf16: dp is a multiple of this
   Index row_step;  // rows that one pass over a panel serves
+  Index task_rows;  // rows that share one look at a chunk: enough to amortise a call, few enough for a tight diagonal
 
   void (*attend_f32)(const PanelTask&);
   void (*attend_bf16)(const PanelTask&);

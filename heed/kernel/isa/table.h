@@ -21,6 +21,9 @@ namespace heed::HEED_ISA {
 #include "heed/kernel/isa/widen.h"
 
 #include "heed/kernel/isa/attend.h"
+#if defined(HEED_TILES)
+#include "heed/kernel/isa/attend_tiles.h"
+#endif
 #include "heed/kernel/isa/backward.h"
 #include "heed/kernel/isa/blocks.h"
 #include "heed/kernel/isa/gemm.h"
@@ -44,12 +47,19 @@ const Kernels table = {
     .bf16_dot = has_bf16_product,
 #if defined(HEED_TILES)
     .key_step = 32,
+    .row_step = tiled_rows,
+    .task_rows = 4 * tiled_rows,  // tiles work ahead from group to group
 #else
     .key_step = 2,
+    .row_step = tile_rows,
+    .task_rows = 48,
 #endif
-    .row_step = has_bf16_product ? group_rows<bf16> : group_rows<float>,
     .attend_f32 = attend_rows<float>,
+#if defined(HEED_TILES)
+    .attend_bf16 = attend_tiled,
+#else
     .attend_bf16 = bf16_kernel(attend_rows<bf16>),
+#endif
     .attend_wide_bf16 = wide_bf16_kernel((attend_rows<float, bf16>)),
     .attend_wide_i8 = attend_rows<float, std::int8_t>,
     .attend_backward = attend_backward,
