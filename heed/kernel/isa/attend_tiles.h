@@ -32,21 +32,52 @@ struct TileUnit {
   bool closes() const { return panel + 1 == group->to; }
 };
 
-/// 32 rows of A times 32 (or, not `two`, 16) columns of B, 32 features, added to the tiles.
-inline void multiply_tiles(const bf16* a, Index a_bytes, const bf16* b, Index b_bytes, bool two) {
-  const auto below = [](const bf16* p, Index bytes) { return reinterpret_cast<const char*>(p) + 16 * bytes; };
+/// 32 rows of A times 32 (or, not `two`, 16) columns of B, 32 features, added to tiles 0 to 3; open(Vectors<c>{}) comes
+/// before the first use of tile c.
+template <class Open>
+inline void multiply_tiles(const bf16* a, Index a_bytes, const bf16* b, Index b_bytes, bool two, Open open) {
+  const auto* below = reinterpret_cast<const char*>(a) + 16 * a_bytes;
   tile_load<4>(a, a_bytes);
   tile_load<6>(b, b_bytes);
+  open(Vectors<0>{});
   tile_dot<0, 4, 6>();
-  tile_load<5>(below(a, a_bytes), a_bytes);
+  tile_load<5>(below, a_bytes);
+  open(Vectors<2>{});
   tile_dot<2, 5, 6>();
-  if (!two) return;
-  tile_load<7>(b + 32, b_bytes);
-  tile_dot<1, 4, 7>();
-  tile_dot<3, 5, 7>();
+  open(Vectors<1>{});
+  if (two) {
+    tile_load<7>(b + 32, b_bytes);
+    tile_dot<1, 4, 7>();
+  }
+  open(Vectors<3>{});
+  if (two) tile_dot<3, 5, 7>();
 }
 
-/// What the tiles have to do, in steps of four products: the scores of a unit, then the sums of another.
+/// Where tiles 0 to 3 belong, two above two: 32 rows of 32 (not `two`: 16) floats, `bytes` apart.
+struct TileSums {
+  float* c = nullptr;  // null: nowhere
+  Index bytes = 0;
+  bool two = false;
+  template <int tile>
+  float* at() const {
+    return c + (tile / 2 * 4 * bytes + tile % 2 * 16);
+  }
+  template <int tile>
+  bool holds() const {
+    return c != nullptr && (two || tile % 2 == 0);
+  }
+  template <int tile>
+  void load() const {
+    if (holds<tile>()) tile_load<tile>(at<tile>(), bytes);
+  }
+  template <int tile>
+  void store() const {
+    if (holds<tile>()) tile_store<tile>(at<tile>(), bytes);
+  }
+};
+
+/// What the tiles have to do, in steps of four products: the scores of a unit, then the sums of another. Each block of
+/// sums is stored while the first products of the next one are made: four stores in a row would hold up everything.
 class TileWork {
  public:
   explicit TileWork(const PanelTask& t) : task_(t), depth_(t.layout.dp / 32), blocks_((t.layout.dvp + 31) / 32) {}
@@ -62,44 +93,52 @@ class TileWork {
   void keep_up(Index done, Index all) {
     while (step_ * all < steps_ * done) advance();
   }
-  void finish() { keep_up(1, 1); }
+  void finish() {
+    keep_up(1, 1);
+    done_.store<0>(), done_.store<1>(), done_.store<2>(), done_.store<3>();
+    done_ = {};
+  }
 
  private:
   void advance() {
     const PanelLayout& layout = task_.layout;
     const Index i = step_++;
     if (i < score_steps_) {
-      constexpr Index k_bytes = panel_columns * 4, s_bytes = panel_columns * 4;
+      constexpr Index width = panel_columns;
       const Index block = i / depth_, f = i % depth_;
-      if (f == 0) tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
       const auto* k = static_cast<const bf16*>(task_.k) + scored_.panel * layout.panel_elements();
-      multiply_tiles(scored_.group->q + f * 32, layout.dp * 2, k + (f * 16 * panel_columns + block * 32) * 2, k_bytes,
-                     true);
-      if (f + 1 == depth_) store_tiles(s_ + block * 32, s_bytes, true);
-      return;
+      multiply(scored_.group->q + f * 32, layout.dp * 2, k + (f * 16 * width + block * 32) * 2, width * 4,
+               {s_ + block * 32, width * 4, true}, f == 0, f + 1 == depth_,
+               []<int c>(const TileSums&, Vectors<c>) { tile_zero<c>(); });
+    } else {
+      const Index block = (i - score_steps_) / 2, half = (i - score_steps_) % 2, dvp = layout.dvp;
+      const auto* v = static_cast<const bf16*>(task_.v) + summed_.panel * panel_columns * dvp;
+      multiply(p_ + half * 32, panel_columns * 2, v + (half * 16 * dvp + block * 32) * 2, dvp * 4,
+               {summed_.group->acc + block * 32, dvp * 4, block * 32 + 16 < dvp}, half == 0, half == 1,
+               []<int c>(const TileSums& sums, Vectors<c>) { sums.load<c>(); });
     }
-    const Index block = (i - score_steps_) / 2, half = (i - score_steps_) % 2, dvp = layout.dvp;
-    float* acc = summed_.group->acc + block * 32;
-    const bool two = block * 32 + 16 < dvp;
-    if (half == 0) load_tiles(acc, dvp * 4, two);
-    const auto* v = static_cast<const bf16*>(task_.v) + summed_.panel * panel_columns * dvp;
-    multiply_tiles(p_ + half * 32, panel_columns * 2, v + (half * 16 * dvp + block * 32) * 2, dvp * 4, two);
-    if (half == 1) store_tiles(acc, dvp * 4, two);
   }
-  static void load_tiles(const float* c, Index bytes, bool two) {
-    const float* below = c + 4 * bytes;
-    tile_load<0>(c, bytes), tile_load<2>(below, bytes);
-    if (two) tile_load<1>(c + 16, bytes), tile_load<3>(below + 16, bytes);
-  }
-  static void store_tiles(float* c, Index bytes, bool two) {
-    float* below = c + 4 * bytes;
-    tile_store<0>(c, bytes), tile_store<2>(below, bytes);
-    if (two) tile_store<1>(c + 16, bytes), tile_store<3>(below + 16, bytes);
+
+  // One step of a block of sums; the first begins each tile by `start` when the block before has left it.
+  template <class Start>
+  void multiply(const bf16* a, Index a_bytes, const bf16* b, Index b_bytes, const TileSums& sums, bool first, bool last,
+                Start start) {
+    if (first) {
+      multiply_tiles(a, a_bytes, b, b_bytes, sums.two, [&]<int c>(Vectors<c> tile) {
+        done_.store<c>();
+        start(sums, tile);
+      });
+      done_ = {};
+    } else {
+      multiply_tiles(a, a_bytes, b, b_bytes, sums.two, [](auto) {});
+    }
+    if (last) done_ = sums;
   }
 
   const PanelTask& task_;
   Index depth_, blocks_, step_ = 0, score_steps_ = 0, steps_ = 0;
   TileUnit scored_, summed_;
+  TileSums done_;  // what the tiles hold still
   float* s_ = nullptr;
   const bf16* p_ = nullptr;
 };
