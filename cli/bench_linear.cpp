@@ -26,14 +26,19 @@ struct Options {
   int repeat = 7;
 };
 
-// The fastest of several runs, each after one that wakes the threads: between ours the peer has had its turn.
+// The fastest of several turns. A turn is one run that wakes the threads, as the peer has had its own turn before, and
+// then runs for some milliseconds.
 double best_seconds(int repeat, const std::function<void()>& work, const std::function<void()>& peer = {}) {
+  constexpr double turn = 5e-3;
   Runs runs;
   for (int i = 0; i < repeat; ++i) {
     work();
-    const double start = seconds_now();
-    work();
-    runs.add(seconds_now() - start);
+    const double begin = seconds_now();
+    do {
+      const double start = seconds_now();
+      work();
+      runs.add(seconds_now() - start);
+    } while (seconds_now() - begin < turn);
     if (peer) peer();
   }
   return runs.best();
