@@ -186,7 +186,7 @@ TEST_CASE("attend: masks, row lists and rows that see nothing") {
     using B = Bench<decltype(kind)>;
     for (const Index rows : {1, 4, 13, 40})
       for (const Index panels : {1, 2, 3, 4})
-        for (const int pattern : {0, 1, 2, 3}) {
+        for (const int pattern : {0, 1, 2, 3, 4, 5}) {
           B b(k, 24, 20, 2 * rows + 3, panels);
           // The task's rows are every other one of the block, from row 1 on; the rest keep their state.
           std::vector<std::int32_t> list;
@@ -198,6 +198,8 @@ TEST_CASE("attend: masks, row lists and rows that see nothing") {
               if (pattern == 1) w = r % 3 == 0 ? 0 : p == 0 ? 0 : w;  // empty rows, empty first panel
               if (pattern == 2) w = p == panels - 1 ? std::uint64_t{1} << (r % 64) : 0;  // one bit at the end
               if (pattern == 3) w = ~std::uint64_t{0};  // a mask that hides nothing
+              if (pattern == 4) w = ~std::uint64_t{0} >> (p == panels - 1 ? 32 : 0);  // half a panel for nobody
+              if (pattern == 5) w = ~std::uint64_t{0} << (p == 0 ? 32 : 0);
               words[static_cast<size_t>(r * 4 + p)] = w;
             }
           PanelTask t = b.task();

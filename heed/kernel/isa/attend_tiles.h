@@ -188,9 +188,9 @@ class TiledAttention {
     for (; row_ < task_.rows; row_ += tiled_rows) {
       TileGroup& group = groups_[opened_ % 4];  // of the last three units there may be a group each
       group.first = row_, group.rows = task_.rows - row_ < tiled_rows ? task_.rows - row_ : tiled_rows;
-      const auto [from, to, tested] = seen_strip(task_, group.first, group.rows, strip<bf16>);
+      const auto [from, to, tested] = seen_strip(task_, group.first, group.rows, panel_columns);
       if (from >= to) continue;
-      group.from = from / panel_columns, group.to = (to + panel_columns - 1) / panel_columns, group.tested = tested;
+      group.from = from / panel_columns, group.to = to / panel_columns, group.tested = tested;
       open(group);
       row_ += tiled_rows, ++opened_;
       unit = {&group, group.from};
