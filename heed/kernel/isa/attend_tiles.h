@@ -17,7 +17,7 @@ struct TileGroup {
   Index first = 0, rows = 0;  // of the task
   Index from = 0, to = 0;  // panels that some row sees
   bool tested = false;  // some row does not see all of them
-  const bf16* q = nullptr;  // [32, q_stride]
+  const bf16* q = nullptr;  // [32, dp]
   float* acc = nullptr;  // [32, dvp]
   float total[tiled_rows][W];
   // Copies of what does not lie evenly, rows that the task lacks being zero.
@@ -31,27 +31,6 @@ struct TileUnit {
   Index panel = 0;
   bool closes() const { return panel + 1 == group->to; }
 };
-
-/// 32 rows of A times 32 (or, not `two`, 16) columns of B, 32 features, added to tiles 0 to 3; open(Vectors<c>{}) comes
-/// before the first use of tile c.
-template <class Open>
-inline void multiply_tiles(const bf16* a, Index a_bytes, const bf16* b, Index b_bytes, bool two, Open open) {
-  const auto* below = reinterpret_cast<const char*>(a) + 16 * a_bytes;
-  tile_load<4>(a, a_bytes);
-  tile_load<6>(b, b_bytes);
-  open(Vectors<0>{});
-  tile_dot<0, 4, 6>();
-  tile_load<5>(below, a_bytes);
-  open(Vectors<2>{});
-  tile_dot<2, 5, 6>();
-  open(Vectors<1>{});
-  if (two) {
-    tile_load<7>(b + 32, b_bytes);
-    tile_dot<1, 4, 7>();
-  }
-  open(Vectors<3>{});
-  if (two) tile_dot<3, 5, 7>();
-}
 
 /// Where tiles 0 to 3 belong, two above two: 32 rows of 32 (not `two`: 16) floats, `bytes` apart.
 struct TileSums {
@@ -278,13 +257,10 @@ class TiledAttention {
   // A row's reference becomes `most`; what was weighed by the old one must be at rest, and shrinks.
   void raise(TileGroup& group, Index i, float most, float& m) {
     work_.finish();
-    const float shrink = __builtin_exp2f(m - most);
-    const Index dvp = task_.layout.dvp;
-    task_.l[rank(group.first + i)] *= shrink;
-    store(group.total[i], load(group.total[i]) * set1(shrink));
-    float* acc = group.acc + i * dvp;
-    for (Index e = 0; e < dvp; e += W) store(acc + e, load(acc + e) * set1(shrink));
-    m = most;
+    const Index at = rank(group.first + i), dvp = task_.layout.dvp;
+    task_.l[at] += sum_lanes(load(group.total[i]));
+    store(group.total[i], zero());
+    raise_maximum(most, m, task_.l[at], group.acc + i * dvp, dvp);
   }
 
   const PanelTask& task_;

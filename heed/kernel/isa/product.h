@@ -103,6 +103,9 @@ inline void product_of(const T* const* a, const T* b, Index ldb, Index k, Index 
   if (column < columns) tile<rows, 1>(a, b + column * pair, ldb, k, c, column, accumulate);
 }
 
+template <int n>
+struct Vectors {};
+
 #if defined(HEED_TILES)
 #include "heed/kernel/isa/tiles.h"
 #endif
@@ -167,9 +170,6 @@ inline void tile_transposed(const float* a, Index lda, const float* b, Index ldb
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) store(c + i * ldc + j * W, sum[i][j]);
 }
-
-template <int n>
-struct Vectors {};
 
 /// C[rows×columns] += A^T·B, A [k×rows] and B [k×columns] row-major, columns a multiple of W.
 inline void transposed_product(Index rows, const float* a, Index lda, const float* b, Index ldb, Index k, Index columns,

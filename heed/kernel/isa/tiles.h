@@ -84,22 +84,31 @@ inline void tile_dot_bytes() {
 /// Rows of A that one pass serves, and the features gathered at a time when they do not lie evenly.
 inline constexpr Index tiled_rows = 32, gathered_features = 512;
 
+/// 32 rows of A times 32 (or, not `two`, 16) columns of B, 32 features, added to tiles 0 to 3; open(Vectors<c>{}) comes
+/// before the first use of tile c.
+template <class Open>
+inline void multiply_tiles(const bf16* a, Index a_bytes, const bf16* b, Index b_bytes, bool two, Open open) {
+  const auto* below = reinterpret_cast<const char*>(a) + 16 * a_bytes;
+  tile_load<4>(a, a_bytes);
+  tile_load<6>(b, b_bytes);
+  open(Vectors<0>{});
+  tile_dot<0, 4, 6>();
+  tile_load<5>(below, a_bytes);
+  open(Vectors<2>{});
+  tile_dot<2, 5, 6>();
+  open(Vectors<1>{});
+  if (two) {
+    tile_load<7>(b + 32, b_bytes);
+    tile_dot<1, 4, 7>();
+  }
+  open(Vectors<3>{});
+  if (two) tile_dot<3, 5, 7>();
+}
+
 /// 32 rows of A (even stride, `k` features) times up to 32 columns of B, into `sums` [32][32].
 inline void tiled_block(const bf16* a, Index stride, const bf16* b, Index ldb, Index k, bool two, float* sums) {
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  const Index a_bytes = stride * 2, b_bytes = ldb * 2;
-  for (Index f = 0; f < k; f += 32, b += 16 * ldb) {
-    tile_load<4>(a + f, a_bytes);
-    tile_load<5>(a + f + 16 * stride, a_bytes);
-    tile_load<6>(b, b_bytes);
-    tile_dot<0, 4, 6>();
-    tile_dot<2, 5, 6>();
-    if (two) {
-      tile_load<7>(b + 32, b_bytes);
-      tile_dot<1, 4, 7>();
-      tile_dot<3, 5, 7>();
-    }
-  }
+  for (Index f = 0; f < k; f += 32, b += 16 * ldb) multiply_tiles(a + f, stride * 2, b, ldb * 2, two, [](auto) {});
   tile_store<0>(sums, 128), tile_store<1>(sums + 16, 128);
   tile_store<2>(sums + 16 * 32, 128), tile_store<3>(sums + 16 * 32 + 16, 128);
 }
