@@ -152,7 +152,7 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
       std::copy_n(rows.acc, rows.count() * layout.dvp, part.acc);
       rows.m = part.m, rows.l = part.l, rows.acc = part.acc;
     }
-    Traversal(plan, scratch, &work).run(rows, tiles, split, u.split_chunks(), counted);
+    Traversal(plan, scratch, &work).run(rows, tiles, split, u.split_chunks, counted);
     if (u.splits == 1) finish(plan, rows, layout, target);
   };
   AttendStats stats = run_units(plan, u, carry_out);
@@ -178,7 +178,7 @@ AttendStats rehearse(const Plan& plan) {
                          AttendStats& counted, Scratch& scratch) {
     Rows rows;
     rows.block = block, rows.heads = u.heads;
-    Traversal(plan, scratch, nullptr).run(rows, tiles, split, u.split_chunks(), counted);
+    Traversal(plan, scratch, nullptr).run(rows, tiles, split, u.split_chunks, counted);
   };
   return run_units(plan, u, count);
 }

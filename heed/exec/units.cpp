@@ -7,6 +7,9 @@ namespace {
 
 // Calls with few rows are cut along the columns as well, so that two threads can share one decode step.
 constexpr Index few_rows = 256;
+// Bytes of keys and values that a split reads: some ten microseconds. More leave threads idle where contexts are short
+// or heads few; with less, starting and merging show.
+constexpr Index split_bytes = Index{256} << 10;
 // Query heads that share keys are stacked while all their rows fit in one sub-block.
 constexpr Index stacked_rows = 48;
 
@@ -22,7 +25,9 @@ Units units_of(const Plan& plan) {
   if (plan.rows_per_head() <= few_rows) {
     Index chunks = 0;
     for (const Source& s : plan.sources) chunks += ceil_div(s.views.empty() ? 0 : s.views[0].columns, chunk_columns);
-    u.splits = std::max<Index>(1, ceil_div(chunks, Units::chunks_a_split));
+    const Index chunk_bytes = chunk_columns / panel_columns * plan.sources.at(0).layout.panel_bytes();
+    const Index a_split = std::max<Index>(1, split_bytes / chunk_bytes);
+    if (chunks > a_split) u.splits = ceil_div(chunks, a_split), u.split_chunks = a_split;
   }
   return u;
 }

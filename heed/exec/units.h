@@ -12,10 +12,8 @@ struct Units {
   Index heads = 1;  // query heads that share keys, stacked
   Index lanes = 0;  // per batch and head (or KV head when stacked)
   Index blocks = 0, splits = 1;
+  Index split_chunks = std::numeric_limits<Index>::max();  // chunks that one split holds
   Index count() const { return lanes * blocks * splits; }
-  /// Chunks that one split holds.
-  Index split_chunks() const { return splits > 1 ? chunks_a_split : std::numeric_limits<Index>::max(); }
-  static constexpr Index chunks_a_split = 8;
 };
 Units units_of(const Plan& plan);
 
