@@ -217,19 +217,16 @@ struct Differentiable {
 
   Differentiable(const MechanismCall& call, const AttendInput& in, const TensorView& dout) : checked(check(call, in)) {
     const double start = seconds_now();
-    const Mechanism& m = checked.mechanism;
-    if (m.plan_gradient == nullptr || !m.plan_gradient(checked.params, checked.inputs))
-      fail("{}: no backward pass yet, expected a mechanism that has one with these parameters", call.text());
     const Problem& p = checked.inputs.problem;
     if (!real(dout.dtype)) fail("do: dtype = {}, expected f32, f16 or bf16", name_of(dout.dtype));
     check_shape(dout, "do", {p.B, p.Hq, p.N, p.Dv}, ", as o is");
     check_finite(dout, "do", false);
 
     plan = checked.plan();
-    // Whose gradient nobody would take.
-    for (size_t i = 1; i < plan.sources.size() && m.finish_gradient == nullptr; ++i)
+    // Keys made of others: a mechanism that forgot whom their gradients belong to must not pass for one that has none.
+    for (size_t i = 1; i < plan.sources.size() && checked.mechanism.finish_gradient == nullptr; ++i)
       for (const SourceView& view : plan.sources[i].views)
-        if (view.members == nullptr) fail("{}: no backward pass yet through keys that it makes of others", call.text());
+        if (view.members == nullptr) fail("{}: it attends keys made of others and has no finish_gradient", call.text());
     plan_s = seconds_now() - start;
   }
 
@@ -284,8 +281,6 @@ AttendOutput attend(const MechanismCall& call, const AttendInput& in) {
   finish(checked, plan, out);
   return out;
 }
-
-bool always(const Params&, const Inputs&) { return true; }
 
 AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
                                 AttendOutput* forward) {

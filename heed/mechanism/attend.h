@@ -25,7 +25,7 @@ AttendOutput attend(std::string_view call, const AttendInput& in);
 
 /// Gradients of sum(o∘dout) for o = attend(call, in).o, what the mechanism selects taken as constant; dout is shaped as
 /// o, f32, f16 or bf16, any strides. `forward`, unless null, becomes what attend() returns. Throws as attend() does,
-/// Error also for a dout of another shape or with NaN or infinity, and where the mechanism has no backward pass.
+/// Error also for a dout of another shape or with NaN or infinity.
 AttendGradients attend_backward(const MechanismCall& call, const AttendInput& in, const TensorView& dout,
                                 AttendOutput* forward = nullptr);
 /// The same from what attend() gave, without attending again: o [B, Hq, N, Dv] and lse [B, Hq, N], f32, any strides.

@@ -263,7 +263,6 @@ const Mechanism& biformer() {
            {"lepe_b", real, {"*"}, false, "[Hk·Dv], its bias", true}},
       .not_on_models = "it is not causal, and its regions lie on grids of images",
       .plan = plan_biformer,
-      .plan_gradient = always,
       .finishes = has_lepe,
       .finish_gradient = finish_gradient_biformer,
       .finish = finish_biformer,

@@ -157,7 +157,6 @@ const Mechanism& blockrank() {
       .extras = {{"seg_lens", {DType::i32}, {"*"}, false, "[S], tokens of instruction, documents and query section"}},
       .not_on_models = "",
       .plan = plan_blockrank,
-      .plan_gradient = always,
       .finish = finish_blockrank,
   };
   return m;

@@ -302,7 +302,6 @@ const Mechanism& combiner() {
       .extras = {},
       .not_on_models = "its summaries must be trained with the model",
       .plan = plan_combiner,
-      .plan_gradient = always,
       .finish_gradient = finish_gradient_combiner,
   };
   return m;

@@ -121,7 +121,6 @@ const Mechanism& davit() {
       .plan = plan_davit,
       // A channel's log-sum-exp belongs to no token.
       .without_lse = [](const Params& p) { return p.text("kind") == "channel"; },
-      .plan_gradient = always,
       .finishes = between_channels,
       .unfinish = unfinish_davit,
       .finish_gradient = finish_gradient_davit,

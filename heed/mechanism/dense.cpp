@@ -48,7 +48,6 @@ const Mechanism& dense() {
                  key_mask_spec()},
       .not_on_models = "",
       .plan = plan_dense,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -180,7 +180,6 @@ const Mechanism& dhsa() {
       .extras = extras(),
       .not_on_models = "",
       .plan = plan_dhsa,
-      .plan_gradient = always,
       .calibrate = calibrate_dhsa,
       .fitted = true,
   };

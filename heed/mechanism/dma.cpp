@@ -237,7 +237,6 @@ const Mechanism& dma() {
                  {"b_dt", real, {"Hk"}, false, "[Hk], the gate's bias", true}},
       .not_on_models = "its gate must be trained with the model",
       .plan = plan_dma,
-      .plan_gradient = always,
       .finish_gradient = finish_gradient_dma,
   };
   return m;

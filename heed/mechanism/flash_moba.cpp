@@ -183,7 +183,6 @@ const Mechanism& flash_moba() {
                  document_spec()},
       .not_on_models = "",
       .plan = plan_flash_moba,
-      .plan_gradient = always,
       .finish_gradient = finish_gradient_flash_moba,
   };
   return m;

@@ -126,7 +126,6 @@ const Mechanism& flex() {
                   true}},
       .not_on_models = "its mask comes with every call",
       .plan = plan_flex,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -261,7 +261,6 @@ const Mechanism& gated_attention() {
                   true}},
       .not_on_models = "its gate must be trained with the model",
       .plan = plan_gated,
-      .plan_gradient = always,
       .finishes = gates_output,
       .unfinish = unfinish_gated,
       .finish_gradient = finish_gradient_gated,

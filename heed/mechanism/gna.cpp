@@ -43,7 +43,6 @@ const Mechanism& gna() {
       .not_on_models =
           "its windows lie on grids of images or video; on text its causal form is `streaming` without sinks",
       .plan = plan_neighborhood,
-      .plan_gradient = always,
       .finish_gradient = finish_neighborhood_gradient,
   };
   return m;

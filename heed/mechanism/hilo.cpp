@@ -75,7 +75,6 @@ const Mechanism& hilo() {
       .extras = {},
       .not_on_models = "it is not causal, and its windows lie on grids of images",
       .plan = plan_hilo,
-      .plan_gradient = always,
   };
   return m;
 }

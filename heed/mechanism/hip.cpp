@@ -145,7 +145,6 @@ const Mechanism& hip() {
       .extras = {},
       .not_on_models = "",
       .plan = plan_hip,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -152,7 +152,6 @@ const Mechanism& landmark() {
       .extras = {{"is_landmark", {DType::u8}, {"M"}, false, "[M], 1: a landmark (default: every block + 1 tokens)"}},
       .not_on_models = "its landmark tokens must be inserted and trained with the model",
       .plan = plan_landmark,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -187,7 +187,6 @@ const Mechanism& llsa() {
       .extras = {},
       .not_on_models = "it is not causal: queries are averaged with later ones, and means of keys hold later tokens",
       .plan = plan_llsa,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -82,9 +82,6 @@ struct Differentiated {
   PlanGradients& gradients;  // of the plan; its dq is in AttendGradients already
 };
 
-/// For Mechanism::plan_gradient.
-bool always(const Params& params, const Inputs& in);
-
 struct Mechanism {
   std::string name, title, paper;  // paper: "arXiv:2502.13189"
   int year = 0;
@@ -105,9 +102,8 @@ struct Mechanism {
   Plan (*plan)(const Params& params, const Inputs& in) = nullptr;
   /// Whether no single softmax stands behind a row, so that lse is empty. Null: one always does.
   bool (*without_lse)(const Params& params) = nullptr;
-  /// Whether, with these inputs, it has a backward pass: the gradient of its plan, what was selected taken as constant,
-  /// and from there on what unfinish() and finish_gradient() say. Null: never.
-  bool (*plan_gradient)(const Params& params, const Inputs& in) = nullptr;
+  // Backward, the gradient is that of its plan, what was selected taken as constant, and from there on what unfinish()
+  // and finish_gradient() say.
   /// Whether, with these inputs, finish() changes o or lse: what attend() gave is then not what the plan gave, and the
   /// backward pass attends again. Null: never.
   bool (*finishes)(const Params& params, const Inputs& in) = nullptr;

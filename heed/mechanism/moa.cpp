@@ -116,7 +116,6 @@ const Mechanism& moa() {
                  {"beta", real, {"Hk"}, false, "[Hk], growth of each KV head's span per token of the length"}},
       .not_on_models = "",
       .plan = plan_moa,
-      .plan_gradient = always,
       .fitted = true,
   };
   return m;

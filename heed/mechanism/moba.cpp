@@ -47,7 +47,6 @@ const Mechanism& moba() {
       .extras = {document_spec()},
       .not_on_models = "",
       .plan = plan_moba,
-      .plan_gradient = always,
   };
   return m;
 }

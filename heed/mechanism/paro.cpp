@@ -190,7 +190,6 @@ const Mechanism& paro() {
                   "[Hq, nb, nb], blocks to compute, in the head's order; without `order`, in that of the tokens"}},
       .not_on_models = "it is not causal, and its tokens lie on grids of images or video",
       .plan = plan_paro,
-      .plan_gradient = always,
       .calibrate = calibrate,
   };
   return m;

@@ -195,7 +195,6 @@ const Mechanism& pbs_attn() {
       .extras = {},
       .not_on_models = "",
       .plan = plan_pbs,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -56,7 +56,6 @@ const Mechanism& power() {
       .extras = {},
       .not_on_models = "",
       .plan = plan_power,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -164,7 +164,6 @@ const Mechanism& proxy_attn() {
       .extras = {},
       .not_on_models = "",
       .plan = plan_proxy_attn,
-      .plan_gradient = always,
       .calibrate = calibrate_proxy_heads,
       .settle = settle_proxy_heads,
   };

@@ -245,7 +245,6 @@ const Mechanism& psa() {
                   "[B, Hq, query blocks, key blocks] of 0 (skipped), 1, 2, 4, 8: taken as they stand"}},
       .not_on_models = "",
       .plan = plan_psa,
-      .plan_gradient = always,
   };
   return m;
 }

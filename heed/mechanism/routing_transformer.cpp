@@ -300,7 +300,6 @@ const Mechanism& routing_transformer() {
       .plan = plan_routing,
       // A row is a mean of several softmaxes.
       .without_lse = [](const Params&) { return true; },
-      .plan_gradient = always,
       .finishes = takes_means,
       .unfinish = unfinish_routing,
       .finish_gradient = finish_gradient_routing,

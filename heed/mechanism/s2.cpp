@@ -95,7 +95,6 @@ const Mechanism& s2() {
       .extras = {},
       .not_on_models = "",
       .plan = plan_s2,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -156,7 +156,6 @@ const Mechanism& seer_attention() {
       .extras = gate_extras(),
       .not_on_models = "",
       .plan = plan_seer_attention,
-      .plan_gradient = always,
       .calibrate = calibrate_seer_attention,
       .fitted = true,
   };

@@ -192,7 +192,6 @@ const Mechanism& sparsifiner() {
       .plan = plan_sparsifiner,
       // The pattern is a constant: a task's loss gives the predictor no gradient. It is trained before, on the
       // attention of a dense model.
-      .plan_gradient = always,
   };
   return m;
 }

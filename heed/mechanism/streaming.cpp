@@ -54,7 +54,6 @@ const Mechanism& streaming() {
       .extras = {document_spec(), key_mask_spec()},
       .not_on_models = "",
       .plan = plan_streaming,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -150,7 +150,6 @@ const Mechanism& vmoba() {
       .extras = {},
       .not_on_models = "it is not causal: queries of a whole video compete for blocks",
       .plan = plan_vmoba,
-      .plan_gradient = always,
   };
   return m;
 }

@@ -113,8 +113,6 @@ void check_trains(const MechanismCall& call, bool causal) {
   if (causal && (m.causality == Causality::refused || (!m.not_on_models.empty() && !made_here(m.name))))
     fail_usage("mechanism = {}: {}, expected one that a causal language model can be trained with", m.name,
                m.not_on_models.empty() ? std::string("it is not causal") : m.not_on_models);
-  if (m.plan_gradient == nullptr)
-    fail_usage("mechanism = {}: it has no backward pass yet, expected one that has", m.name);
   Params(m.name, m.params, call.params);
 }
 

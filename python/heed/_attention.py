@@ -101,7 +101,7 @@ def attend_backward(
     Memory is O(N·D): nothing N×N is made. The same bits for any number of threads.
 
     Raises:
-        heed.Error: as ``heed.attend``; also for a mechanism that has no backward pass.
+        heed.Error: as ``heed.attend``.
     """
     call, extra = take_apart(mechanism, options)
     if is_torch(q):
