@@ -63,12 +63,12 @@ def measurements(short):
         "linear-smollm2": ["linear", SMOLLM2, *options(against=["torch"], rows=512, repeat=3 if short else 7)],
         "linear-gemma3": ["linear", GEMMA3, *options(against=["torch"], rows=512, repeat=3)],
     }
-    tokens, context = (600, 600) if short else (6900, 8000)
+    tokens, contexts = (600, "512,600") if short else (6900, "512,2000,8000")
     mechanisms = ["dense", MODEL_MOBA, MODEL_STREAMING]
     runs |= {
         "prefill-openvino": ["prefill", SMOLLM2, *options(mechanisms, OPENVINO, length=tokens, repeat=2)],
         "prefill-llama": ["prefill", SMOLLM2, *options(mechanisms, ["llama.cpp"], length=f"512,{tokens}", repeat=2)],
-        "decode-llama": ["decode", SMOLLM2, *options(mechanisms, ["llama.cpp"], length=f"512,{context}", repeat=3)],
+        "decode-llama": ["decode", SMOLLM2, *options(mechanisms, ["llama.cpp"], length=contexts, repeat=3)],
     }
     return runs
 

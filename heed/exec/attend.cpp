@@ -143,6 +143,11 @@ AttendStats attend(const Plan& plan, const AttendTarget& target) {
 
   const auto carry_out = [&](Index unit, Index split, const RowBlock& block, const std::vector<Tile>& tiles,
                              AttendStats& counted, Scratch& scratch) {
+    const bool met = std::ranges::any_of(tiles, [&](const Tile& t) { return meets(t, split, u.split_chunks); });
+    if (!met && split > 0) {  // most splits of a sparse plan: nothing to merge
+      std::fill_n(parts[static_cast<size_t>(unit)].m, block.rows * u.heads, -std::numeric_limits<float>::infinity());
+      return;
+    }
     Rows rows = load_rows(plan, block, u.heads, layout, scratch);
     AttendPanels work(plan);
     if (u.splits > 1) {

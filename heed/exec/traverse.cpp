@@ -70,6 +70,12 @@ class WidePanels {
 
 }  // namespace
 
+bool meets(const Tile& tile, Index split, Index split_chunks) {
+  const Index first = tile.columns.contiguous() ? tile.columns.first : 0, last = first + tile.columns.count - 1;
+  const Index width = chunk_columns * split_chunks;
+  return first / width <= split && split <= last / width;
+}
+
 // Per row of the tile: the columns [first, end) that its band, the plan's visible interval and the
 // tile's own edges leave, in columns of the tile (ranks).
 struct Traversal::Extent {

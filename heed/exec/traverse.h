@@ -27,6 +27,9 @@ class PanelWork {
                     Scratch& scratch) = 0;
 };
 
+/// Whether any column of a tile belongs to a split of `split_chunks` chunks.
+bool meets(const Tile& tile, Index split, Index split_chunks);
+
 /// Walks the tiles of a block for rows that may be cut into splits of `split_chunks` chunks each.
 /// A chunk belongs to a split by its place in its source (a list's: in the list) and not by which
 /// other tiles there are, so a row's bits do not depend on what the block's other rows see.

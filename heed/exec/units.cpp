@@ -7,9 +7,10 @@ namespace {
 
 // Calls with few rows are cut along the columns as well, so that two threads can share one decode step.
 constexpr Index few_rows = 256;
-// Bytes of keys and values that a split reads: some ten microseconds. More leave threads idle where contexts are short
-// or heads few; with less, starting and merging show.
-constexpr Index split_bytes = Index{256} << 10;
+// Units that such a call is cut into where there are fewer lanes and blocks, and columns suffice: 2, 3, 4 or 6 threads
+// share them evenly, and with more of them starting and merging show. In long contexts a split holds so many bytes of
+// keys and values at most: some tens of microseconds.
+constexpr Index enough_units = 12, split_bytes = Index{512} << 10;
 // Query heads that share keys are stacked while all their rows fit in one sub-block.
 constexpr Index stacked_rows = 48;
 
@@ -26,7 +27,8 @@ Units units_of(const Plan& plan) {
     Index chunks = 0;
     for (const Source& s : plan.sources) chunks += ceil_div(s.views.empty() ? 0 : s.views[0].columns, chunk_columns);
     const Index chunk_bytes = chunk_columns / panel_columns * plan.sources.at(0).layout.panel_bytes();
-    const Index a_split = std::max<Index>(1, split_bytes / chunk_bytes);
+    const Index wanted = std::max<Index>(1, enough_units / std::max<Index>(1, u.lanes * u.blocks));
+    const Index a_split = std::clamp<Index>(ceil_div(chunks, wanted), 1, std::max<Index>(1, split_bytes / chunk_bytes));
     if (chunks > a_split) u.splits = ceil_div(chunks, a_split), u.split_chunks = a_split;
   }
   return u;
