@@ -72,8 +72,7 @@ class WidePanels {
 
 bool meets(const Tile& tile, Index split, Index split_chunks) {
   const Index first = tile.columns.contiguous() ? tile.columns.first : 0, last = first + tile.columns.count - 1;
-  const Index width = chunk_columns * split_chunks;
-  return first / width <= split && split <= last / width;
+  return split_of(first, split_chunks) <= split && split <= split_of(last, split_chunks);
 }
 
 // Per row of the tile: the columns [first, end) that its band, the plan's visible interval and the

@@ -27,6 +27,8 @@ class PanelWork {
                     Scratch& scratch) = 0;
 };
 
+/// The split of `split_chunks` chunks that holds a column.
+inline Index split_of(Index column, Index split_chunks) { return column / chunk_columns / split_chunks; }
 /// Whether any column of a tile belongs to a split of `split_chunks` chunks.
 bool meets(const Tile& tile, Index split, Index split_chunks);
 
@@ -46,7 +48,7 @@ class Traversal {
   void run_tile(const Rows& rows, const Tile& tile, AttendStats& stats);
   void run_chunk(const Rows& rows, const Tile& tile, const Extent& extent, const SourceView& view,
                  const PanelLayout& layout, Index columns_first, Index from, Index to, AttendStats& stats);
-  bool mine(Index column) const { return column / chunk_columns / split_chunks_ == split_; }
+  bool mine(Index column) const { return split_of(column, split_chunks_) == split_; }
 
   const Plan& plan_;
   Scratch& scratch_;
