@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <random>
-#include <set>
 
 #include "heed/kernel/kernels.h"
 #include "heed/plan/chunks.h"

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <set>
@@ -19,6 +18,7 @@ using namespace heed::test;
 
 namespace {
 
+/// On every instruction set.
 void check_pbs(const Case& c, const Pbs& o) {
   const Naive want = naive_pbs(c, o);
   const std::string call = o.call();

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <random>
-#include <set>
 
 #include "heed/kernel/kernels.h"
 #include "support/differences.h"

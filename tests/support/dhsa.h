@@ -1,10 +1,14 @@
 // Chunks, pooled scores, lists under a budget and softmax over them: straight from the equations, in f64.
 #pragma once
 
+#include <doctest/doctest.h>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <memory>
+#include <random>
 #include <set>
 #include <string>
 #include <vector>

@@ -142,6 +142,4 @@ inline Naive naive_pbs(const Case& c, const Pbs& o) {
   return result;
 }
 
-/// On every instruction set.
-
 }  // namespace heed::test
